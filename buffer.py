@@ -1,0 +1,150 @@
+"""The replay buffer: trajectories by prompt, a heap a prompt.
+
+What comes in is a group, the responses that one search found for one prompt. What goes out is a batch of groups,
+B distinct prompts with exactly K responses each. Which response leaves a full heap, and which responses of a prompt
+are trained on, are plain functions (`EVICTION`, `REPLAY`): add yours there.
+
+Nothing here costs more as more is stored: a prompt holds at most `capacity` responses, and prompts are found by index.
+"""
+
+import heapq
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(slots=True, eq=False)
+class Trajectory:
+    """One response to a prompt."""
+
+    tokens: np.ndarray  # int32 [T], end-of-sequence token included where the response has one
+    finished: bool  # False: it ran into the length limit, so that it has no end-of-sequence token
+    reward: float
+    version: int  # the trainer's step whose weights began it
+    ref_logprob: float | None = None  # log pi_ref(y|x) in nats, the sum over its tokens; None: not computed yet
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """Responses to one prompt."""
+
+    prompt_id: int
+    prompt: np.ndarray  # int32 [P]
+    responses: list[Trajectory]
+
+
+def oldest(trajectory: Trajectory) -> float:
+    """Evict what came first: all are equal."""
+    return 0.0
+
+
+def lowest_reward(trajectory: Trajectory) -> float:
+    """Evict the worst, and among equals what came first."""
+    return trajectory.reward
+
+
+def uniform(rewards: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
+    """k distinct indices, each response as likely as another."""
+    return rng.permutation(len(rewards))[:k]
+
+
+def by_reward(rewards: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
+    """k distinct indices, drawn one after another by softmax of the reward (the Gumbel top-k trick)."""
+    return np.argsort(-(rewards + rng.gumbel(size=len(rewards))), kind="stable")[:k]
+
+
+EVICTION = {"oldest": oldest, "lowest_reward": lowest_reward}
+REPLAY = {"uniform": uniform, "reward": by_reward}
+
+
+@dataclass(slots=True)
+class _Prompt:
+    tokens: np.ndarray
+    heap: list[tuple[float, int, Trajectory]] = field(default_factory=list)  # (eviction key, arrival, it)
+    stored: dict[bytes, Trajectory] = field(default_factory=dict)  # by the response's tokens
+    newest: list[Trajectory] = field(default_factory=list)  # of the group that came last
+
+
+class Buffer:
+    """Trajectories of a run, in memory.
+
+    Args:
+        capacity: responses kept of a prompt.
+        evict: a key for the heap; the response whose key is smallest leaves a full one first, the oldest among equals.
+        replay: chooses k responses of a prompt that does not come from the newest data.
+        seed: of the sampling.
+    """
+
+    def __init__(self, capacity: int = 100, evict: Callable = oldest, replay: Callable = uniform, seed: int = 0):
+        self.capacity, self.evict, self.replay = capacity, evict, replay
+        self.rng = np.random.default_rng(seed)
+        self.prompts: dict[int, _Prompt] = {}
+        self.seen: list[int] = []  # prompt ids, to draw one by index
+        self.recent: OrderedDict[int, None] = OrderedDict()  # prompt ids by their last arrival, the newest last
+        self.arrived: set[int] = set()  # prompt ids that came since the last sync
+        self.arrivals = itertools.count()
+        self.size = 0  # responses stored
+        self.repeated = 0  # responses that filled a batch up where a prompt had fewer than K
+
+    def __len__(self) -> int:
+        return self.size
+
+    def add(self, group: Group) -> None:
+        """Store a group. An exact duplicate replaces the one stored before it."""
+        if (entry := self.prompts.get(group.prompt_id)) is None:
+            entry = self.prompts[group.prompt_id] = _Prompt(group.prompt)
+            self.seen.append(group.prompt_id)
+        self.size -= len(entry.stored)
+        fresh = {t.tokens.tobytes(): t for t in group.responses}  # of duplicates the last stays
+        if stale := {id(entry.stored[key]) for key in fresh.keys() & entry.stored.keys()}:
+            entry.heap = [item for item in entry.heap if id(item[-1]) not in stale]
+            heapq.heapify(entry.heap)
+        for key, trajectory in fresh.items():
+            entry.stored[key] = trajectory
+            heapq.heappush(entry.heap, (self.evict(trajectory), next(self.arrivals), trajectory))
+            if len(entry.heap) > self.capacity:
+                del entry.stored[heapq.heappop(entry.heap)[-1].tokens.tobytes()]
+        self.size += len(entry.stored)
+        entry.newest = list(fresh.values())
+        self.recent[group.prompt_id] = None
+        self.recent.move_to_end(group.prompt_id)
+        self.arrived.add(group.prompt_id)
+
+    def start_window(self) -> None:
+        """From now on, what comes is the newest data: call it when a sync is done."""
+        self.arrived.clear()
+
+    def sample(self, prompts: int, responses: int, on_policy_prob: float) -> list[Group]:
+        """A batch of `prompts` distinct prompts with `responses` responses each.
+
+        With probability `on_policy_prob` a prompt comes from what arrived since the last sync (from the last `prompts`
+        to arrive, while fewer did) with responses of its last group; else it is any prompt seen, its responses chosen
+        by `replay`. Where a prompt has fewer than `responses`, they are repeated evenly, and counted in `repeated`.
+
+        Raises:
+            ValueError: fewer than `prompts` prompts were seen.
+        """
+        if len(self.seen) < prompts:
+            raise ValueError(f"a batch needs {prompts} prompts, the buffer has {len(self.seen)}")
+        window = max(len(self.arrived), prompts)
+        newest = list(itertools.islice(reversed(self.recent), window))
+        self.rng.shuffle(newest)
+        chosen: dict[int, bool] = {}  # prompt id -> whether it was drawn as new
+        while len(chosen) < prompts:
+            new = self.rng.random() < on_policy_prob and bool(newest)
+            prompt_id = newest.pop() if new else self.seen[self.rng.integers(len(self.seen))]
+            chosen.setdefault(prompt_id, new)
+        return [
+            Group(prompt_id, self.prompts[prompt_id].tokens, self._responses(self.prompts[prompt_id], responses, new))
+            for prompt_id, new in chosen.items()
+        ]
+
+    def _responses(self, entry: _Prompt, k: int, new: bool) -> list[Trajectory]:
+        pool, choose = (entry.newest, uniform) if new else (list(entry.stored.values()), self.replay)
+        whole, rest = divmod(k, len(pool))
+        picked = choose(np.array([t.reward for t in pool]), rest, self.rng)
+        self.repeated += max(0, k - len(pool))
+        return pool * whole + [pool[i] for i in picked]

@@ -1,0 +1,166 @@
+"""The settings of a run and the command line."""
+
+import argparse
+import contextlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import tasks
+
+
+@dataclass(frozen=True)
+class Config:
+    """Post-train a language model by trajectory balance, searching and training at once.
+
+    The defaults shown are those of the task: give --task with --help to see another's.
+    """
+
+    task: str = "countdown"
+    """What to train on: countdown or gsm8k."""
+    model: str = ""
+    """The policy to start from: a Hugging Face folder or hub id."""
+    data: str = ""
+    """Where the task's problems are: a folder or a data set on the hub."""
+    out: str = ""
+    """Folder for what the run leaves; default runs/<task>-<time>."""
+    seed: int = 0
+    """Of the order of problems, the sampling, and the embedded model."""
+    steps: int = 1000
+    """Updates of the policy."""
+    prompts_per_step: int = 8
+    """B: distinct prompts in an update."""
+    responses_per_prompt: int = 16
+    """K: responses of each prompt in an update."""
+    search_responses: int = 16
+    """S: responses that a search generates for a prompt, at least K."""
+    lr: float = 1e-5
+    """Learning rate (AdamW)."""
+    lr_warmup: int = 0
+    """Updates in which the learning rate rises from 0."""
+    lr_decay: int = 0
+    """Updates at the end in which the learning rate falls to 0."""
+    beta: float = 0.01
+    """Weight of the KL to the model that the run starts from."""
+    beta_final: float = 0.0
+    """What beta is annealed to, in a straight line; 0: it stays."""
+    beta_steps: int = 0
+    """Updates until beta is beta_final."""
+    temperature: float = 1.0
+    """Of the sampling; the objective divides logits by it too."""
+    max_tokens: int = 256
+    """Longest response, in tokens."""
+    sync_every: int = 2
+    """k: updates between two syncs of the engines' weights."""
+    on_policy_prob: float = 0.5
+    """m: probability that a prompt of a batch is from the newest data, rather than any seen."""
+    prime: int = 500
+    """Responses searched before training starts."""
+    capacity: int = 100
+    """Responses that the buffer keeps of a prompt."""
+    evict: str = "oldest"
+    """Which response leaves a full buffer: oldest or lowest_reward."""
+    replay: str = "uniform"
+    """How responses of a prompt that is not new are chosen: uniform, or by softmax of the reward."""
+    loss: str = "tb"
+    """The objective: tb."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger norm are scaled down to it."""
+    micro_batch_tokens: int = 16384
+    """Tokens in a forward pass: lower it when the trainer runs out of memory."""
+    train_device: str = "auto"
+    """Where the policy is trained: auto, cpu, cuda:0, ..."""
+    search_devices: tuple[str, ...] = ("auto",)
+    """Where engines run, one a device: auto, cpu, cuda:1, ..."""
+    gpu_memory_utilization: float = 0.0
+    """Share of a GPU's memory that an engine takes; 0: 0.9 of a GPU of its own, 0.4 of one shared with the trainer."""
+    eval_every: int = 100
+    """Updates between two evaluations; 0: only before and after."""
+    eval_prompts: int = 400
+    """Test problems in an evaluation; 0: no evaluation at all."""
+    eval_samples: int = 8
+    """Responses sampled for each of them: the k of pass@k."""
+    save_every: int = 0
+    """Updates between two checkpoints; 0: none, only the policy at the end."""
+    resume: str = ""
+    """Go on with the run in this folder, from its newest checkpoint."""
+
+
+AT_LEAST = dict(
+    seed=0, steps=1, prompts_per_step=1, responses_per_prompt=2, search_responses=2, lr_warmup=0, lr_decay=0,
+    beta_final=0, beta_steps=0, max_tokens=1, sync_every=1, on_policy_prob=0, prime=0, capacity=1, micro_batch_tokens=1,
+    gpu_memory_utilization=0, eval_every=0, eval_prompts=0, eval_samples=1, save_every=0,
+)  # fmt: skip
+AT_MOST = dict(on_policy_prob=1, gpu_memory_utilization=1, seed=2**31 - 1)
+POSITIVE = ("lr", "beta", "temperature", "max_grad_norm")  # and finite
+ONE_OF = dict(evict=("oldest", "lowest_reward"), replay=("uniform", "reward"), loss=("tb",))
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot run.
+
+    Raises:
+        ValueError: names the field, its value and what is allowed.
+    """
+
+    def refuse(name: str, allowed: str) -> None:
+        raise ValueError(f"{name} is {getattr(config, name)!r}: it must be {allowed}")
+
+    for name, low in AT_LEAST.items():
+        if not low <= getattr(config, name) <= AT_MOST.get(name, float("inf")):
+            refuse(name, f"at least {low}" + (f" and at most {AT_MOST[name]}" if name in AT_MOST else ""))
+    for name in POSITIVE:
+        if not 0 < getattr(config, name) < float("inf"):
+            refuse(name, "a finite number above 0")
+    for name, allowed in ONE_OF.items():
+        if getattr(config, name) not in allowed:
+            refuse(name, f"one of {', '.join(allowed)}")
+    if config.search_responses < config.responses_per_prompt:
+        refuse("search_responses", f"at least responses_per_prompt, {config.responses_per_prompt}")
+    if (config.beta_final > 0) != (config.beta_steps > 0):
+        refuse("beta_steps", "above 0 where beta_final is, and 0 where that is 0: they go together")
+    for name in ("train_device", "search_devices"):
+        for device in [config.train_device] if name == "train_device" else config.search_devices or [""]:
+            kind, _, index = device.partition(":")
+            if not (device in ("auto", "cpu") or (kind == "cuda" and (index.isdecimal() or device == "cuda"))):
+                refuse(name, "auto, cpu, or cuda with a number, as in cuda:1")
+    if not config.model:
+        refuse("model", "a Hugging Face folder or hub id")
+    if not config.resume and config.out and Path(config.out).exists() and any(Path(config.out).iterdir()):
+        refuse("out", "a new or empty folder (or go on with that run: --resume)")
+
+
+def parse(arguments: list[str]) -> Config:
+    """Settings from a command line: a flag beats the resumed run, which beats the task's defaults.
+
+    Raises:
+        ValueError: what is wrong with them, in one line.
+    """
+    import tyro
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--task", default=Config.task)
+    first.add_argument("--resume", default="")
+    known, _ = first.parse_known_args(arguments)
+    if known.resume:
+        saved = Path(known.resume) / "config.json"
+        if not saved.is_file():
+            raise ValueError(f"resume is {known.resume!r}: it must be the folder of a run, and {saved} does not exist")
+        settings = json.loads(saved.read_text()) | {
+            "search_devices": tuple(json.loads(saved.read_text())["search_devices"])
+        }
+        defaults = Config(**settings | {"out": known.resume, "resume": known.resume})
+    else:
+        defaults = Config(**{"task": known.task} | tasks.load(known.task).defaults)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            config = tyro.cli(Config, args=arguments, default=defaults, prog="tba.py")
+    except SystemExit as stop:
+        if stop.code:  # tyro draws a box around what is wrong: keep its first line
+            lines = [line.strip("│ ") for line in complaint.getvalue().splitlines()]
+            raise ValueError(next(line for line in lines if line and line[0] not in "╭─╰")) from None
+        raise
+    check(config)
+    return config

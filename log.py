@@ -1,0 +1,105 @@
+"""What a run leaves behind and shows on the screen.
+
+config.json      the resolved settings
+metrics.jsonl    an object an update, and one an evaluation
+timeline.jsonl   an object a span of work: what (search, train, sync, evaluate), start, end, in seconds of the run
+samples.jsonl    an object an update: one of its groups, as text
+engine.log       what vLLM printed
+"""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class Log:
+    """The files of a run and its progress bar.
+
+    Args:
+        out: the run's folder.
+        steps: updates in all.
+        step: updates done before, whose metrics stay; later ones are dropped, for they will be made again.
+    """
+
+    def __init__(self, out: Path, steps: int, step: int = 0):
+        self.out, self.steps = out, steps
+        self.bar: tqdm | None = None
+        if step:
+            _keep_lines(out / "metrics.jsonl", lambda row: row["step"] <= step)
+        self.files = {name: (out / f"{name}.jsonl").open("a") for name in ("metrics", "timeline", "samples")}
+        self.initial = step
+        self.start = time.perf_counter()
+
+    @property
+    def time(self) -> float:
+        """Seconds since searching and training began."""
+        return time.perf_counter() - self.start
+
+    def start_clock(self) -> None:
+        """Searching and training begin: time counts from here."""
+        self.start = time.perf_counter()
+        self.bar = tqdm(total=self.steps, initial=self.initial, desc="training", unit="update", ncols=120)
+
+    def write(self, name: str, row: dict) -> None:
+        """Append a row to a file; it is on disk if the program is killed."""
+        print(json.dumps(row), file=self.files[name], flush=True)
+
+    @contextlib.contextmanager
+    def span(self, what: str) -> Iterator[None]:
+        """Note when a piece of work began and ended."""
+        start = self.time
+        yield
+        self.write("timeline", {"what": what, "start": round(start, 4), "end": round(self.time, 4)})
+
+    def update(self, row: dict, sample: dict) -> None:
+        """Write an update's metrics and sample, and move the bar on."""
+        self.write("metrics", {name: _rounded(value) for name, value in row.items()})
+        self.write("samples", sample)
+        self.bar.set_postfix_str(
+            f"reward {row['reward']:.3f}, age {row['age_mean']:.1f}, "
+            f"search {row['search_tokens_per_s']:,.0f}/s, train {row['train_tokens_per_s']:,.0f}/s",
+            refresh=False,
+        )
+        self.bar.update()
+
+    def evaluation(self, step: int, figures: dict[str, float]) -> None:
+        """Write an evaluation's figures."""
+        row = {f"eval/{name}": _rounded(value) for name, value in figures.items()}
+        self.write("metrics", {"step": step, "time": _rounded(self.time if self.bar else 0.0)} | row)
+
+    def close(self) -> None:
+        """End the bar and close the files."""
+        if self.bar:
+            self.bar.close()
+        for file in self.files.values():
+            file.close()
+
+
+def say(text: str) -> None:
+    """A line for the person at the screen, above the bar."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def table(evaluations: dict[int, dict[str, float]]) -> str:
+    """Evaluations by step, side by side: a line a figure."""
+    lines = [f"{'':14}" + "".join(f"{f'step {step}':>14}" for step in evaluations)]
+    for name in next(iter(evaluations.values())):
+        lines.append(f"{name:14}" + "".join(f"{figures[name]:14.3f}" for figures in evaluations.values()))
+    return "\n".join(lines)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _keep_lines(path: Path, wanted) -> None:
+    lines = [line for line in path.read_text().splitlines(keepends=True) if wanted(json.loads(line))]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(lines))
+    temporary.replace(path)

@@ -1,0 +1,233 @@
+"""The searcher: vLLM engines that generate responses and take new weights.
+
+One request a prompt with n responses, its final output only, no detokenising, and no log-probabilities: then the event
+loop, which shares its process with the trainer, stays idle. An engine never reads weights from a file: it starts with
+random ones and takes the trainer's (weights.py), so that what it samples from is what is trained.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+MAX_IN_FLIGHT = {"cuda": 512, "cpu": 256}  # sequences of an engine: on CUDA the captured graphs end there
+
+
+@dataclass(slots=True)
+class Response:
+    """What an engine generated."""
+
+    tokens: np.ndarray  # int32 [T], end-of-sequence token included
+    finished: bool  # False: cut off at the length limit
+
+
+@dataclass(slots=True)
+class Engine:
+    """A vLLM engine, and how many sequences it has in flight."""
+
+    llm: object  # vllm.v1.engine.async_llm.AsyncLLM
+    in_flight: int = 0
+    version: int = 0  # of its weights
+
+
+@dataclass
+class Searcher:
+    """Engines that share the requests. Make one by `start`, end it by `shutdown`."""
+
+    devices: Sequence[str]
+    temperature: float
+    max_tokens: int
+    engines: list[Engine] = field(default_factory=list)
+    requests: Iterator[int] = field(default_factory=itertools.count)
+    _busy: float = 0.0  # seconds, to the moment when last nothing was in flight
+    _busy_since: float | None = None
+
+    async def start(
+        self, model: str, max_model_len: int, seed: int, gpu_memory_utilization: float, cores: set[int], log: Path
+    ) -> None:
+        """Start an engine on each device, side by side; what they print goes to the file `log`.
+
+        Args:
+            model: a Hugging Face folder or hub id, for its architecture and tokenizer.
+            max_model_len: longest sequence, prompt and response, in tokens.
+            seed: of the sampling.
+            gpu_memory_utilization: share of a GPU's memory that an engine takes.
+            cores: the CPU cores of engines on the CPU.
+            log: a file.
+        """
+        self._threads = ThreadPoolExecutor(len(self.devices))  # kept: an engine ends with the thread that started it
+        loop = asyncio.get_running_loop()
+        with _environment(cores if "cpu" in self.devices else None), _output_to(log):
+            self.engines = await asyncio.gather(
+                *(
+                    loop.run_in_executor(
+                        self._threads, _start_engine, model, device, max_model_len, seed + i, gpu_memory_utilization
+                    )
+                    for i, device in enumerate(self.devices)
+                )
+            )
+
+    @property
+    def slots(self) -> int:
+        """Sequences that all engines together hold in flight."""
+        return sum(MAX_IN_FLIGHT[device.split(":")[0]] for device in self.devices)
+
+    @property
+    def version(self) -> int:
+        """The trainer's step whose weights every engine has by now."""
+        return min(engine.version for engine in self.engines)
+
+    @property
+    def busy_seconds(self) -> float:
+        """Time so far in which anything was in flight."""
+        return self._busy + (time.perf_counter() - self._busy_since if self._busy_since else 0.0)
+
+    async def generate(self, prompt: Sequence[int], n: int, greedy: bool = False) -> tuple[list[Response], int]:
+        """n responses to a prompt's tokens, and the version of the weights that began them."""
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        engine = min(self.engines, key=lambda engine: engine.in_flight)
+        version = engine.version
+        params = SamplingParams(
+            n=n,
+            temperature=0.0 if greedy else self.temperature,
+            max_tokens=self.max_tokens,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        # Salted with the version, the prefix cache never serves keys and values of older weights.
+        prompt = tokens_input(np.asarray(prompt).tolist(), cache_salt=str(version))
+        with self._in_flight(engine, n):
+            async for output in engine.llm.generate(prompt, params, str(next(self.requests))):
+                pass
+        return [
+            Response(np.array(each.token_ids, dtype=np.int32), each.finish_reason != "length")
+            for each in output.outputs
+        ], version
+
+    async def prompt_logprobs(self, tokens: Sequence[int]) -> list[np.ndarray]:
+        """Log-probability of each token but the first [T-1] at temperature 1, under every engine in turn."""
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        tokens, found = np.asarray(tokens).tolist(), []
+        for engine in self.engines:
+            async for output in engine.llm.generate(tokens_input(tokens), params, str(next(self.requests))):
+                pass
+            rows = zip(tokens[1:], output.prompt_logprobs[1:], strict=True)
+            found.append(np.array([row[token].logprob for token, row in rows]))
+        return found
+
+    async def open_staging(self, handle: dict) -> None:
+        """Let every engine open the trainer's staging tensor."""
+        await asyncio.gather(*(e.llm.collective_rpc("open_staging", args=(handle,)) for e in self.engines))
+
+    async def load_staging(self, version: int) -> None:
+        """Let every engine take the staged weights, between two of its steps; what is in flight goes on with them."""
+
+        async def load(engine: Engine) -> None:
+            await engine.llm.collective_rpc("load_staging")
+            engine.version = version
+
+        await asyncio.gather(*map(load, self.engines))
+
+    def shutdown(self) -> None:
+        """End the engines and their processes."""
+        for engine in self.engines:
+            engine.llm.shutdown(timeout=0)
+            engine.llm = None  # or it is shut down once more when the interpreter has gone
+        self._threads.shutdown()
+
+    @contextlib.contextmanager
+    def _in_flight(self, engine: Engine, n: int) -> Iterator[None]:
+        self._busy_since = self._busy_since or time.perf_counter()
+        engine.in_flight += n
+        try:
+            yield
+        finally:
+            engine.in_flight -= n
+            if not any(e.in_flight for e in self.engines):
+                self._busy, self._busy_since = self.busy_seconds, None
+
+
+def _start_engine(model: str, device: str, max_model_len: int, seed: int, gpu_memory_utilization: float) -> Engine:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    kind, _, index = device.partition(":")
+    if kind == "cuda":
+        settings = dict(dtype="bfloat16", device_ids=[int(index or 0)], gpu_memory_utilization=gpu_memory_utilization)
+    else:
+        # What starts fastest: one process beside this one, nothing compiled. Compiling gains less than it takes.
+        settings = dict(
+            dtype="float32",
+            enforce_eager=True,
+            distributed_executor_backend="uni",
+            enable_prefix_caching=False,  # its blocks of 128 tokens are longer than most prompts here
+            kv_cache_memory_bytes=2**30,
+        )
+    args = AsyncEngineArgs(
+        model=model,
+        seed=seed,
+        max_model_len=max_model_len,
+        load_format="dummy",
+        # vLLM cannot repack tied embeddings on the CPU; untied it takes both matrices, which the trainer keeps equal.
+        hf_overrides={"tie_word_embeddings": False},
+        max_num_seqs=MAX_IN_FLIGHT[kind],
+        worker_extension_cls="weights.StagingReader",
+        disable_log_stats=True,
+        **settings,
+    )
+    return Engine(AsyncLLM.from_engine_args(args))
+
+
+@contextlib.contextmanager
+def _environment(cores: set[int] | None) -> Iterator[None]:
+    """What vLLM and the processes it starts read from the environment.
+
+    On the CPU the engines are confined to their cores, one thread each: vLLM's bookkeeping is most of their work, and
+    a second thread would only take the trainer's core.
+    """
+    wanted = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    before = os.sched_getaffinity(0)
+    if cores is not None:
+        wanted |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # allows the executor "uni" on the CPU
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(len(cores)),
+        }
+        os.sched_setaffinity(0, cores)
+    saved = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+        for name, value in saved.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+
+@contextlib.contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """Send standard output and error to a file, those of the processes started meanwhile for good."""
+    with path.open("a") as file:
+        saved = os.dup(1), os.dup(2)
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved[0], 1)
+            os.dup2(saved[1], 2)
+            os.close(saved[0])
+            os.close(saved[1])

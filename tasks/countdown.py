@@ -1,0 +1,233 @@
+"""Countdown: make a target out of given numbers. The embedded default, which needs nothing from outside.
+
+    prompt    "12 45 33=24:"
+    response  "45+12-33"        right, as are "12+45-33", "45-33+12" and "12-33+45": diversity can be counted
+
+It brings its own model: a character-level Llama of 0.1 million parameters, trained on demonstrations when it is first
+needed, and kept in the user's cache folder. The demonstrations are random expressions over the numbers. In the last
+quarter of the warm-up half of them have a target that they do not make: the model then knows more than it shows, which
+is what reinforcement has to mend.
+"""
+
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+from tasks import Problem
+
+defaults = dict(
+    model="embedded",
+    steps=600,
+    prompts_per_step=16,
+    responses_per_prompt=16,
+    search_responses=16,
+    lr=2e-4,
+    beta=0.02,
+    temperature=1.0,
+    max_tokens=10,
+    sync_every=2,
+    on_policy_prob=0.95,
+    prime=512,
+    eval_every=0,
+    eval_prompts=400,
+    eval_samples=8,
+    save_every=0,
+)
+
+NUMBERS, LARGEST, TARGETS = 3, 50, range(1, 100)
+PROBLEMS = {"train": 20_000, "test": 2_000}
+LONGEST = 100  # characters of a response that is read at all
+
+
+# ---- the problems ----
+
+
+def problems(split: str, config) -> list[Problem]:
+    """Random problems that have a solution. Those of "train" and "test" never have numbers and target in common."""
+    rng, found = random.Random(f"countdown {split}"), {}
+    while len(found) < PROBLEMS[split]:
+        numbers, expression = random_expression(rng)
+        target = evaluate(expression)
+        if target in TARGETS and held_out(numbers, target) == (split == "test"):
+            prompt = f"{' '.join(map(str, numbers))}={target}:"
+            found[prompt] = Problem(prompt, {"numbers": numbers, "target": int(target)})
+    return list(found.values())
+
+
+def held_out(numbers: list[int], target: int) -> bool:
+    """Whether a problem is one for testing, in whatever order its numbers stand: one in ten is."""
+    return hashlib.sha256(f"{sorted(numbers)} {target}".encode()).digest()[0] < 26
+
+
+def random_expression(rng: random.Random) -> tuple[list[int], str]:
+    """Numbers, and the same in another order joined by + and -."""
+    numbers = [rng.randint(1, LARGEST) for _ in range(NUMBERS)]
+    shuffled = rng.sample(numbers, NUMBERS)
+    return numbers, str(shuffled[0]) + "".join(rng.choice("+-") + str(number) for number in shuffled[1:])
+
+
+# ---- the reward ----
+
+
+def reward(response: str, answer: dict) -> float:
+    """1.0 where the response is an expression over exactly the given numbers that makes the target; else 0.0."""
+    response = response.strip()
+    if len(response) > LONGEST or Counter(re.findall(r"\d+", response)) != Counter(map(str, answer["numbers"])):
+        return 0.0
+    try:
+        return float(evaluate(response) == answer["target"])
+    except (ValueError, ZeroDivisionError):
+        return 0.0
+
+
+def evaluate(expression: str) -> Fraction:
+    """The exact value of an expression of whole numbers, + - * / and brackets.
+
+    By two stacks (shunting-yard), so that nesting costs no recursion, and never by Python's `eval`.
+
+    Raises:
+        ValueError: it is none.
+        ZeroDivisionError: it divides by zero.
+    """
+    precedence = {"+": 1, "-": 1, "*": 2, "/": 2}
+    values: list[Fraction] = []
+    pending: list[str] = []
+
+    def apply() -> None:
+        operator, right, left = pending.pop(), values.pop(), values.pop()
+        values.append(
+            left + right if operator == "+" else left - right if operator == "-"
+            else left * right if operator == "*" else left / right
+        )  # fmt: skip
+
+    operand_next = True
+    for token in re.findall(r"\d+|\S", expression):
+        if token.isdecimal() and operand_next:
+            values.append(Fraction(token))
+            operand_next = False
+        elif token == "(" and operand_next:
+            pending.append(token)
+        elif token in precedence and not operand_next:
+            while pending and precedence.get(pending[-1], 0) >= precedence[token]:
+                apply()
+            pending.append(token)
+            operand_next = True
+        elif token == ")" and not operand_next and "(" in pending:
+            while pending[-1] != "(":
+                apply()
+            pending.pop()
+        else:
+            raise ValueError(f"unexpected {token!r} in {expression!r}")
+    if operand_next or "(" in pending:
+        raise ValueError(f"incomplete: {expression!r}")
+    while pending:
+        apply()
+    return values.pop()
+
+
+# ---- the embedded model ----
+
+CHARACTERS = "0123456789 +-=:"
+WARM_UP = dict(hidden=64, layers=2, steps=1300, batch=64, lr=4e-3, wrong=0.5, wrong_from=0.75)
+
+
+def prepare(config) -> str:
+    """The folder of the embedded model for `config.seed`; it is trained first where the cache does not hold it."""
+    key = hashlib.sha256(json.dumps([WARM_UP, CHARACTERS, NUMBERS, LARGEST, config.seed]).encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tba"
+    folder = cache / f"countdown-{key}"
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        unfinished = tempfile.mkdtemp(prefix=f"{folder.name}-", dir=cache)
+        try:
+            warm_up(Path(unfinished), config.seed)
+            os.rename(unfinished, folder)
+        except OSError:  # another run was first
+            if not folder.is_dir():
+                raise
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return str(folder)
+
+
+def warm_up(folder: Path, seed: int) -> None:
+    """Train the model from scratch on demonstrations and write it as a Hugging Face folder."""
+    import torch
+    from tqdm import trange
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    rng = random.Random(f"countdown warm-up {seed}")
+    tokenizer, hidden = make_tokenizer(), WARM_UP["hidden"]
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),  # exactly: an id without a character would be sampled now and then
+        hidden_size=hidden,
+        intermediate_size=8 * hidden // 3,
+        num_hidden_layers=WARM_UP["layers"],
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 32,
+        head_dim=32,  # the smallest that vLLM takes on the CPU
+        max_position_embeddings=64,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    model, steps = LlamaForCausalLM(config), WARM_UP["steps"]
+    optimizer = torch.optim.AdamW(model.parameters(), WARM_UP["lr"], betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 50, max(0.05, math.cos(step / steps * math.pi / 2)))
+    )
+    for step in trange(steps, desc="warming up the embedded model (once)", file=sys.stdout, mininterval=1, ncols=100):
+        wrong = WARM_UP["wrong"] if step >= steps * WARM_UP["wrong_from"] else 0.0
+        tokens, labels = encode([demonstration(rng, wrong) for _ in range(WARM_UP["batch"])])
+        model(input_ids=torch.tensor(tokens), labels=torch.tensor(labels)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def demonstration(rng: random.Random, wrong: float) -> tuple[str, str]:
+    """(prompt, response) of a problem that is not held out; with probability `wrong` the target is any other."""
+    while True:
+        numbers, response = random_expression(rng)
+        target = rng.choice(TARGETS) if rng.random() < wrong else int(evaluate(response))
+        if target in TARGETS and not held_out(numbers, target):
+            return f"{' '.join(map(str, numbers))}={target}:", response
+
+
+def encode(pairs: list[tuple[str, str]]) -> tuple[list[list[int]], list[list[int]]]:
+    """Rows of tokens and labels, padded to the longest; the prompt and the padding have no label (-100)."""
+    ids = {character: i for i, character in enumerate(CHARACTERS, 1)}
+    prompts = [[ids[c] for c in prompt] for prompt, _ in pairs]
+    responses = [[ids[c] for c in response] + [0] for _, response in pairs]
+    longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    tokens, labels = [], []
+    for prompt, response in zip(prompts, responses, strict=True):
+        padding = longest - len(prompt) - len(response)
+        tokens.append(prompt + response + [0] * padding)
+        labels.append([-100] * len(prompt) + response + [-100] * padding)
+    return tokens, labels
+
+
+def make_tokenizer():
+    """A tokenizer with a token a character, and one for the end of a sequence."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    end = "<eos>"
+    tokenizer = Tokenizer(models.WordLevel({end: 0} | {c: i for i, c in enumerate(CHARACTERS, 1)}, unk_token=end))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end)

@@ -1,0 +1,401 @@
+"""TBA: trajectory balance with asynchrony. Search and training side by side, in one process.
+
+    python tba.py                                   post-train a small embedded model on Countdown, on any machine
+    python tba.py --task gsm8k                      the paper's GSM8K run, on a box of GPUs
+    python tba.py --task gsm8k --model DIR --data DIR --steps 100 --out runs/mine
+    python tba.py --task gsm8k --help               every setting, with the task's defaults
+
+    tasks/ --prompts--> searcher.py --scored groups--> buffer.py --batches--> trainer.py --> loss.py
+                         (vLLM engines) <---------- weights.py, every k updates ----'
+
+Four coroutines share what `Run` holds: `search` keeps the engines full and fills the buffer; `train` updates the policy
+and never waits for search; `sync` carries weights to the engines while both go on; `evaluate` asks the same engines.
+When one fails all end, in this order: search and sync are cancelled, the update under way ends, the policy is saved, the
+engines are shut down, the files are closed, the error is shown.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+import tasks
+from buffer import EVICTION, REPLAY, Buffer, Group, Trajectory
+from config import Config, parse
+from log import Log, say, table
+
+
+class Run:
+    """What the coroutines of a run share, and the coroutines.
+
+    Args:
+        config: the settings.
+
+    Raises:
+        ValueError: the model or the data is not there or not as it must be; says what and where.
+    """
+
+    def __init__(self, config: Config):
+        self.config, self.task, self.out = config, tasks.load(config.task), Path(config.out)
+        self.train_device, self.search_devices = devices(config)
+        self.model = self.task.prepare(config) if config.model == "embedded" else config.model
+        self.tokenizer, self.longest = load_tokenizer(self.model)
+        self.problems = self.load_problems("train")
+        self.test = self.load_problems("test")[: config.eval_prompts] if config.eval_prompts else []
+        self.out.mkdir(parents=True, exist_ok=True)
+        checkpoint, self.step = newest_checkpoint(self.out) if config.resume else (None, 0)
+        self.checkpoint, self.published = checkpoint, self.step
+        self.log = Log(self.out, config.steps, self.step)
+        (self.out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+        self.buffer = Buffer(config.capacity, EVICTION[config.evict], REPLAY[config.replay], config.seed)
+        # Torch works in a thread of its own, so that the event loop stays free.
+        train_cores, self.search_cores = cores()
+        self.train_thread = ThreadPoolExecutor(1, "train", pin, (train_cores,))
+        self.searcher = self.trainer = None
+        self.primed = asyncio.Event()
+        self.published_new = asyncio.Event()  # the staged weights are newer than the engines'
+        self.synced = asyncio.Event()  # no sync is under way: the staging tensor may be written
+        self.synced.set()
+        self.sync_ms = 0.0
+        self.searched = 0
+        self.found: list[Trajectory] = []  # by search since the last update
+        self.evaluations: dict[int, dict[str, float]] = {}
+
+    def load_problems(self, split: str) -> list[tuple[tasks.Problem, np.ndarray]]:
+        """A split's problems and their prompts' tokens; those that leave no room for a response are left out."""
+        problems = self.task.problems(split, self.config)
+        encoded = self.tokenizer([problem.prompt for problem in problems]).input_ids
+        room = self.longest - self.config.max_tokens
+        fit = [(p, np.array(t, dtype=np.int32)) for p, t in zip(problems, encoded, strict=True) if len(t) <= room]
+        if not fit:
+            raise ValueError(
+                f"max_tokens is {self.config.max_tokens}: with it none of the {len(problems)} {split} prompts fits the "
+                f"model's {self.longest} tokens"
+            )
+        if len(fit) < len(problems):
+            say(f"{len(problems) - len(fit)} of {len(problems)} {split} prompts leave no room for a response: left out")
+        return fit
+
+    async def main(self) -> None:
+        """The run from start to end."""
+        try:
+            await self.start()
+            await self.evaluate()
+            self.log.start_clock()
+            async with asyncio.TaskGroup() as group:
+                self.group = group
+                background = [group.create_task(self.search()), group.create_task(self.sync())]
+                await self.train()
+                await self.synced.wait()
+                for task in background:
+                    task.cancel()
+            if self.published < self.step:
+                await in_thread(self.train_thread, self.trainer.publish)
+                await self.searcher.load_staging(self.step)
+            await self.evaluate()
+        finally:
+            self.end()
+
+    async def start(self) -> None:
+        """Start the engines and load the policy beside that, hand them its weights, and see that both agree."""
+        import loss
+        from searcher import Searcher
+        from trainer import Trainer
+        from weights import share
+
+        config, began = self.config, time.perf_counter()
+        say(f"training on {self.train_device}, searching on {', '.join(self.search_devices)}; starting vLLM ...")
+        searcher = Searcher(self.search_devices, config.temperature, config.max_tokens)
+        alone = self.train_device not in self.search_devices
+        tokens = max(len(prompt) for _, prompt in self.problems + self.test) + config.max_tokens
+        gpu_memory = config.gpu_memory_utilization or (0.9 if alone else 0.4)
+        self.searcher = searcher
+        _, self.trainer = await asyncio.gather(
+            searcher.start(self.model, tokens, config.seed, gpu_memory, self.search_cores, self.out / "engine.log"),
+            in_thread(
+                self.train_thread, Trainer, self.model, loss.OBJECTIVES[config.loss], self.train_device,
+                config.temperature, config.max_grad_norm, config.micro_batch_tokens, self.checkpoint,
+            ),
+        )  # fmt: skip
+        self.trainer.staging = await share(self.trainer.policy, searcher)
+        self.trainer.publish()
+        await searcher.load_staging(self.step)
+        await self.check_agreement()
+        say(f"ready after {time.perf_counter() - began:.0f} s")
+
+    # ---- search ----
+
+    async def search(self) -> None:
+        """Keep the engines full: as many prompts at a time as fit, each on its way from a request to the buffer."""
+        prompts = self.shuffled_prompts()
+        async with asyncio.TaskGroup() as group:
+            for _ in range(max(1, self.searcher.slots // self.config.search_responses)):
+                group.create_task(self.search_some(prompts))
+
+    async def search_some(self, prompts: Iterator[int]) -> None:
+        """One prompt after another: generate, score, store."""
+        while True:
+            prompt_id = next(prompts)
+            problem, prompt = self.problems[prompt_id]
+            with self.log.span("search"):
+                responses, version = await self.searcher.generate(prompt, self.config.search_responses)
+            rewards = [self.task.reward(text, problem.answer) for text in self.texts(responses)]
+            trajectories = [
+                Trajectory(response.tokens, response.finished, reward, version)
+                for response, reward in zip(responses, rewards, strict=True)
+            ]
+            self.buffer.add(Group(prompt_id, prompt, trajectories))
+            self.found += trajectories
+            self.searched += len(trajectories)
+            if self.searched >= self.config.prime and len(self.buffer.prompts) >= self.config.prompts_per_step:
+                self.primed.set()
+
+    def shuffled_prompts(self) -> Iterator[int]:
+        """Ids of the training prompts without end, in a new order each time round."""
+        rng, order = random.Random(self.config.seed), list(range(len(self.problems)))
+        while True:
+            rng.shuffle(order)
+            yield from order
+
+    def texts(self, responses: list) -> list[str]:
+        """The texts of responses or trajectories."""
+        return self.tokenizer.batch_decode([r.tokens for r in responses], skip_special_tokens=True)
+
+    # ---- train ----
+
+    async def train(self) -> None:
+        """Update the policy, one update after another; only the first waits, for the buffer to be primed."""
+        from trainer import learning_rate, schedule
+
+        config = self.config
+        await self.primed.wait()
+        recorded = self.log.time, self.searcher.busy_seconds
+        while self.step < config.steps:
+            groups = self.buffer.sample(config.prompts_per_step, config.responses_per_prompt, config.on_policy_prob)
+            lr = learning_rate(self.step, config.steps, config.lr, config.lr_warmup, config.lr_decay)
+            beta = schedule(self.step, config.beta, config.beta_final or config.beta, config.beta_steps)
+            began = self.log.time
+            with self.log.span("train"):
+                figures = await in_thread(self.train_thread, self.trainer.update, groups, beta, lr)
+            recorded = self.record(groups, figures | {"lr": lr, "beta": beta}, self.log.time - began, *recorded)
+            if self.step - self.published >= config.sync_every and self.synced.is_set():
+                self.synced.clear()
+                await in_thread(self.train_thread, self.trainer.publish)
+                self.published = self.step
+                self.published_new.set()
+            if config.eval_every and self.step % config.eval_every == 0 and self.step < config.steps:
+                self.group.create_task(self.evaluate())
+            if config.save_every and self.step % config.save_every == 0:
+                await in_thread(self.train_thread, self.save)
+
+    def record(self, groups: list[Group], figures: dict, worked: float, since: float, busy: float) -> tuple:
+        """Count an update and write its metrics: rates and shares are of the time since the last update's end."""
+        now, busy_now = self.log.time, self.searcher.busy_seconds
+        ages = [self.step - response.version for group in groups for response in group.responses]
+        self.step += 1
+        trained = figures.pop("tokens")
+        found, self.found = self.found, []
+        self.reward = float(np.mean([t.reward for t in found])) if found else getattr(self, "reward", 0.0)
+        row = {
+            "step": self.step,
+            "time": now,
+            "loss": figures["loss"],
+            "reward": self.reward,
+            "batch_reward": float(np.mean([r.reward for group in groups for r in group.responses])),
+            **{name: figures[name] for name in ("kl", "entropy", "grad_norm", "lr", "beta")},
+            "age_mean": float(np.mean(ages)),
+            "age_max": max(ages),
+            "buffer_size": len(self.buffer),
+            "search_tokens_per_s": sum(len(t.tokens) for t in found) / (now - since),
+            "train_tokens_per_s": trained / (now - since),
+            "search_idle": max(0.0, 1 - (busy_now - busy) / (now - since)),
+            "train_idle": max(0.0, 1 - worked / (now - since)),
+            "sync_ms": self.sync_ms,
+        }
+        first = groups[0]
+        responses = [
+            {"text": text, "reward": r.reward, "age": self.step - 1 - r.version}
+            for text, r in zip(self.texts(first.responses), first.responses, strict=True)
+        ]
+        prompt = self.problems[first.prompt_id][0].prompt
+        self.log.update(row, {"step": self.step, "prompt": prompt, "responses": responses})
+        return now, busy_now
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, unless there is one."""
+        folder = self.out / "checkpoints" / f"step-{self.step}"
+        if not folder.exists():
+            self.trainer.save(folder, self.tokenizer, self.step)
+
+    # ---- sync ----
+
+    async def sync(self) -> None:
+        """Carry staged weights to the engines, while the trainer goes on and sequences in flight go on with them."""
+        while True:
+            await self.published_new.wait()
+            self.published_new.clear()
+            began = self.log.time
+            with self.log.span("sync"):
+                await asyncio.to_thread(self.trainer.staging.wait)
+                await self.searcher.load_staging(self.published)
+            self.sync_ms = 1000 * (self.log.time - began)
+            self.buffer.start_window()
+            self.synced.set()
+
+    async def check_agreement(self) -> None:
+        """See that engines and trainer give the same tokens the same log-probabilities.
+
+        Raises:
+            RuntimeError: they do not, so that what is sampled is not what is trained.
+        """
+        _, prompt = self.problems[0]
+        (response, *_), _ = await self.searcher.generate(prompt, 1)
+        tokens = np.concatenate([prompt, response.tokens])
+        expected = await in_thread(self.train_thread, self.trainer.token_logprobs, tokens)
+        limit = 1e-3 if self.trainer.staging.flat.dtype.itemsize == 4 else 0.1
+        for device, found in zip(self.search_devices, await self.searcher.prompt_logprobs(tokens), strict=True):
+            if not (difference := float(np.abs(found - expected).mean())) < limit:
+                raise RuntimeError(
+                    f"the engine on {device} and the trainer differ by {difference:.2g} nats a token on the same text "
+                    f"(limit {limit}): this vLLM does not take over the weights of {self.model}"
+                )
+
+    # ---- evaluate ----
+
+    async def evaluate(self) -> None:
+        """Figures on the test problems, through the same engines."""
+        if not self.test:
+            return
+        config, step = self.config, self.searcher.version
+        gate = asyncio.Semaphore(max(1, self.searcher.slots // (config.eval_samples + 1)))
+
+        async def answer(problem: tasks.Problem, prompt: np.ndarray) -> tuple[float, list[float], list[str]]:
+            async with gate:
+                greedy, _ = await self.searcher.generate(prompt, 1, greedy=True)
+                samples, _ = await self.searcher.generate(prompt, config.eval_samples)
+            first, *texts = self.texts(greedy + samples)
+            return self.task.reward(first, problem.answer), [self.task.reward(t, problem.answer) for t in texts], texts
+
+        with self.log.span("evaluate"):
+            answers = await asyncio.gather(*(answer(*each) for each in self.test))
+        self.evaluations[step] = tasks.accuracy(*map(list, zip(*answers, strict=True)))
+        self.log.evaluation(step, self.evaluations[step])
+
+    def end(self) -> None:
+        """Let the update under way end, save the policy, end the engines, close the files. None may stop the next."""
+        with contextlib.ExitStack() as last_first:
+            last_first.callback(self.log.close)
+            if self.searcher:
+                last_first.callback(self.searcher.shutdown)
+            if self.trainer and self.step:
+                last_first.callback(self.trainer.export, self.out / "model", self.tokenizer)
+            last_first.callback(self.train_thread.shutdown, cancel_futures=True)
+
+
+async def in_thread(thread: ThreadPoolExecutor, work, *arguments):
+    """The result of `work(*arguments)`, done in that thread; what it raises is raised here."""
+    return await asyncio.get_running_loop().run_in_executor(thread, work, *arguments)
+
+
+def pin(cores: set[int]) -> None:
+    """Confine this thread, and the threads that torch starts for it, to some cores."""
+    import torch
+
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(cores))
+
+
+def cores() -> tuple[set[int], set[int]]:
+    """The CPU cores for training and for search: half of them each, the one core where there is but one."""
+    every = sorted(os.sched_getaffinity(0))
+    half = (len(every) + 1) // 2
+    return set(every[:half]), set(every[half:] or every)
+
+
+def devices(config: Config) -> tuple[str, list[str]]:
+    """Where to train and where to search: of several GPUs the first trains and the others search.
+
+    Raises:
+        ValueError: a device that is not there.
+    """
+    import torch
+
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    train = (gpus or ["cpu"])[0] if config.train_device == "auto" else config.train_device
+    search = list(config.search_devices)
+    if search == ["auto"]:
+        search = [gpu for gpu in gpus if gpu != train] or gpus or ["cpu"]
+    for name, device in [("train_device", train), *(("search_devices", device) for device in search)]:
+        if device != "cpu" and device not in gpus:
+            raise ValueError(f"{name} is {device!r}: this machine has {', '.join(['cpu', *gpus])}")
+    return train, search
+
+
+def load_tokenizer(model: str):
+    """A model's tokenizer, and the longest sequence that the model takes, in tokens.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        settings, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model is {model!r}: it must be a Hugging Face folder or hub id ({reason})") from None
+    return tokenizer, getattr(settings, "max_position_embeddings", 2**20)
+
+
+def newest_checkpoint(out: Path) -> tuple[Path, int]:
+    """A run's newest checkpoint and the step it was made at.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = {int(folder.name.removeprefix("step-")): folder for folder in out.glob("checkpoints/step-*[0-9]")}
+    if not found:
+        raise ValueError(f"resume is {str(out)!r}: it must be a run that saved checkpoints (--save-every)")
+    return found[max(found)], max(found)
+
+
+def main() -> int:
+    """The command line. Returns the exit code: 0, 1 on failure, 2 on bad input, 130 or 143 when interrupted."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        config = parse(sys.argv[1:])
+        if not config.out:
+            name = f"runs/{Path(config.task).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+            config = dataclasses.replace(config, out=name)
+        run = Run(config)
+    except ValueError as error:
+        print(f"tba: {error}", file=sys.stderr)
+        return 2
+
+    async def interruptible() -> None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)
+        await run.main()
+
+    try:
+        asyncio.run(interruptible())
+    except* KeyboardInterrupt:
+        pass
+    say(table(run.evaluations))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""The trainer: the policy, its reference and the optimiser.
+
+It knows log-probabilities of responses, one update, and how to save itself. On CUDA the master weights are fp32 and the
+computation is bf16, and each decoder layer is compiled by itself; on the CPU all is fp32.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from buffer import Group, Trajectory
+from packing import Packed, pack
+from weights import Staging
+
+CHUNK = 2**26  # logits at a time, 256 MiB of fp32: [tokens, vocabulary] of a whole micro-batch is never built
+
+
+class Trainer:
+    """Trains a policy on batches of groups.
+
+    Args:
+        model: a Hugging Face folder or hub id.
+        objective: one of `loss.OBJECTIVES`.
+        device: where policy and reference live.
+        temperature: of the sampling; logits are divided by it, the policy's and the reference's alike.
+        max_grad_norm: the gradient is scaled down to this norm where it is larger.
+        micro_batch_tokens: a forward pass holds whole groups of at most so many tokens (one group may hold more).
+        checkpoint_dir: go on from this folder, written by `save`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        objective: Callable,
+        device: str,
+        temperature: float = 1.0,
+        max_grad_norm: float = 1.0,
+        micro_batch_tokens: int = 16384,
+        checkpoint_dir: Path | None = None,
+    ):
+        device = torch.device(device)
+        self.objective, self.device, self.temperature = objective, device, temperature
+        self.max_grad_norm, self.micro_batch_tokens = max_grad_norm, micro_batch_tokens
+        compute = torch.bfloat16 if device.type == "cuda" else torch.float32
+        attention = "flex_attention" if device.type == "cuda" else "sdpa"
+        load = AutoModelForCausalLM.from_pretrained
+        self.policy = load(checkpoint_dir or model, dtype=torch.float32, attn_implementation=attention).to(device)
+        self.reference = load(model, dtype=compute, attn_implementation=attention).to(device)
+        self.reference.requires_grad_(False)
+        for each in (self.policy, self.reference):
+            each.eval()  # no dropout: a response has one log-probability
+            if device.type == "cuda":
+                for layer in decoder_layers(each):
+                    layer.compile()
+        self.autocast = torch.autocast("cuda", compute) if device.type == "cuda" else contextlib.nullcontext()
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+        self.staging: Staging | None = None
+        if checkpoint_dir:
+            self._load_optimizer(checkpoint_dir)
+
+    def logprobs(self, model: PreTrainedModel, batch: Packed) -> tuple[Tensor, Tensor]:
+        """(log pi(y|x) of the batch's distinct responses [U], sums over a response's tokens; mean entropy of the next
+        token, a scalar), in nats."""
+        logprobs_N, entropy_N = self._token_logprobs(model, batch, self.temperature)
+        return logprobs_N.new_zeros(len(batch.responses)).index_add(0, batch.owner, logprobs_N), entropy_N.mean()
+
+    def _token_logprobs(self, model: PreTrainedModel, batch: Packed, temperature: float) -> tuple[Tensor, Tensor]:
+        with self.autocast:
+            hidden = model.base_model(
+                input_ids=batch.tokens, position_ids=batch.positions, attention_mask=batch.mask, use_cache=False
+            ).last_hidden_state
+            hidden_NH = hidden.flatten(0, 1)[batch.source]
+            return token_logprobs(model.get_output_embeddings(), hidden_NH, batch.target, temperature)
+
+    @torch.no_grad()
+    def token_logprobs(self, tokens: np.ndarray) -> np.ndarray:
+        """Log-probability of each token of a sequence but the first [T-1] under the policy, at temperature 1."""
+        rest = Trajectory(tokens[1:], finished=True, reward=0.0, version=0)
+        logprobs_N, _ = self._token_logprobs(self.policy, pack([Group(0, tokens[:1], [rest])], self.device), 1.0)
+        return logprobs_N.cpu().numpy()
+
+    @torch.no_grad()
+    def score_reference(self, groups: list[Group]) -> None:
+        """Set `ref_logprob` of the responses that have none yet: each is computed once, when it is first trained on."""
+        new = [Group(g.prompt_id, g.prompt, [r for r in g.responses if r.ref_logprob is None]) for g in groups]
+        for micro in micro_batches([group for group in new if group.responses], self.micro_batch_tokens):
+            batch = pack(micro, self.device)
+            logprobs_U, _ = self.logprobs(self.reference, batch)
+            for response, logprob in zip(batch.responses, logprobs_U.tolist(), strict=True):
+                response.ref_logprob = logprob
+
+    def update(self, groups: list[Group], beta: float, lr: float) -> dict[str, float]:
+        """One optimiser step on B groups of K responses.
+
+        Returns:
+            loss; kl, the mean of log pi_theta - log pi_ref in nats a response; entropy, the mean of the next token's in
+            nats; grad_norm, before clipping; tokens, how many the policy read.
+        """
+        self.score_reference(groups)
+        totals, tokens = torch.zeros(3, device=self.device), 0
+        for micro in micro_batches(groups, self.micro_batch_tokens):
+            batch, share = pack(micro, self.device), len(micro) / len(groups)
+            place = {id(response): u for u, response in enumerate(batch.responses)}
+            index_BK = torch.tensor([[place[id(r)] for r in g.responses] for g in micro], device=self.device)
+            ref_U, rewards_U = (
+                torch.tensor([getattr(r, name) for r in batch.responses], device=self.device)
+                for name in ("ref_logprob", "reward")
+            )
+            logprobs_U, entropy = self.logprobs(self.policy, batch)
+            logprobs_BK, ref_BK = logprobs_U[index_BK], ref_U[index_BK]
+            loss = self.objective(logprobs_BK, ref_BK, rewards_U[index_BK], beta)
+            (loss * share).backward()
+            totals += share * torch.stack([loss.detach(), (logprobs_BK.detach() - ref_BK).mean(), entropy.detach()])
+            tokens += batch.read
+        grad_norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        self.optimizer.param_groups[0]["lr"] = lr
+        if self.staging:
+            self.staging.order_before_write()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        loss, kl, entropy, grad_norm = [*totals.tolist(), float(grad_norm)]
+        return {"loss": loss, "kl": kl, "entropy": entropy, "grad_norm": grad_norm, "tokens": tokens}
+
+    def publish(self) -> None:
+        """Copy the policy's weights to where the engines take them from."""
+        self.staging.fill(self.policy)
+
+    def export(self, folder: Path, tokenizer) -> None:
+        """Write the policy as a Hugging Face folder."""
+        self.policy.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    def save(self, folder: Path, tokenizer, step: int) -> None:
+        """Write a checkpoint: the policy as a Hugging Face folder, and the optimiser beside it."""
+        unfinished = folder.with_name(folder.name + ".tmp")
+        self.export(unfinished, tokenizer)
+        state = self.optimizer.state_dict()["state"]
+        moments = {f"{i}.{name}": tensor for i, tensors in state.items() for name, tensor in tensors.items()}
+        save_file({name: tensor.contiguous() for name, tensor in moments.items()}, unfinished / "optimizer.safetensors")
+        (unfinished / "trainer.json").write_text(json.dumps({"step": step}))
+        unfinished.rename(folder)
+
+    def _load_optimizer(self, folder: Path) -> None:
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in load_file(folder / "optimizer.safetensors").items():
+            index, name = key.split(".")
+            state.setdefault(int(index), {})[name] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """A model's stack of layers, which architectures name differently: its longest list of modules."""
+    return max((m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)), key=len)
+
+
+def token_logprobs(head: nn.Module, hidden_NH: Tensor, target_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and entropy of its distribution [N], in fp32, in nats.
+
+    In chunks of `CHUNK` logits. Where there are several, each is computed anew in the backward pass.
+    """
+
+    def of_chunk(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(hidden).float() / temperature
+        log_z = logits.logsumexp(-1)
+        with torch.no_grad():
+            entropy = log_z - ((logits - log_z[:, None]).exp() * logits).sum(-1)
+        return logits.gather(-1, target[:, None])[:, 0] - log_z, entropy
+
+    size = max(1, CHUNK // head.weight.shape[0])
+    if len(target_N) <= size:
+        return of_chunk(hidden_NH, target_N)
+    chunks = zip(hidden_NH.split(size), target_N.split(size), strict=True)
+    results = [checkpoint(of_chunk, hidden, target, use_reentrant=False) for hidden, target in chunks]
+    return torch.cat([logprob for logprob, _ in results]), torch.cat([entropy for _, entropy in results])
+
+
+def packed_tokens(group: Group) -> int:
+    """Tokens of a group as `pack` lays it out: prompt once, each distinct response once."""
+    return len(group.prompt) + sum(len(r.tokens) for r in {id(r): r for r in group.responses}.values())
+
+
+def micro_batches(groups: list[Group], budget: int) -> Iterator[list[Group]]:
+    """Whole groups, alike in length, together at most `budget` tokens with the padding to the longest."""
+    ordered = sorted(groups, key=packed_tokens, reverse=True)
+    while ordered:
+        fit = max(1, budget // packed_tokens(ordered[0]))
+        yield ordered[:fit]
+        ordered = ordered[fit:]
+
+
+def schedule(step: int, start: float, final: float, steps: int) -> float:
+    """A value on its way from `start` at step 0 to `final` at `steps`, in a straight line, and `final` from there.
+
+    >>> [schedule(step, 0.012, 0.004, 4) for step in (0, 2, 4, 9)]
+    [0.012, 0.008, 0.004, 0.004]
+    """
+    return float(np.interp(step, [0, steps], [start, final])) if steps else final
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: int) -> float:
+    """Warm-up, stable, decay: `peak` reached in `warmup` updates, and from there to 0 over the last `decay`.
+
+    >>> [learning_rate(step, 10, 1.0, 2, 5) for step in (0, 1, 2, 5, 6, 9)]
+    [0.5, 1.0, 1.0, 1.0, 0.8, 0.2]
+    """
+    up = (step + 1) / warmup if warmup else 1.0
+    down = (steps - step) / decay if decay else 1.0
+    return peak * min(up, down, 1.0)

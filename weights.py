@@ -1,0 +1,148 @@
+"""How weights cross from the trainer to the engines.
+
+One flat staging tensor holds a copy of the policy's weights. The engines open it once: as CUDA IPC memory on the
+trainer's GPU, or as shared memory of the host on the CPU. A sync is then one copy by the trainer (`Staging.fill`) and
+one call to each engine (`StagingReader.load_staging`), with no serialisation and no file.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from multiprocessing.reduction import ForkingPickler
+from typing import TYPE_CHECKING
+
+import torch
+import torch.multiprocessing  # teaches ForkingPickler CUDA tensors
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from searcher import Searcher
+
+
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A model's weights under their checkpoint names; weights that are tied come under each name."""
+    return model.named_parameters(remove_duplicate=False)
+
+
+class Staging:
+    """A copy of a model's weights that other processes can read.
+
+    Args:
+        model: whose weights.
+        dtype: of the engines.
+        share_cuda: keep the copy on the model's GPU; else it is in host memory.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, share_cuda: bool):
+        weights = dict(named_weights(model))
+        size = sum(weight.numel() for weight in weights.values())
+        self.handle: dict = {"dtype": str(dtype).removeprefix("torch."), "size": size}
+        self.path = None
+        if share_cuda:
+            self.flat = torch.empty(size, dtype=dtype, device=next(model.parameters()).device)
+            self.handle["ipc"] = bytes(ForkingPickler.dumps(self.flat))
+        else:
+            file, self.path = tempfile.mkstemp(prefix="tba-", dir="/dev/shm")
+            os.close(file)
+            self.flat = torch.from_file(self.path, shared=True, size=size, dtype=dtype)
+            self.handle["path"] = self.path
+        self.handle["layout"] = [(name, list(weight.shape)) for name, weight in weights.items()]
+        self.views = list(view(self.flat, self.handle["layout"]))
+        self.stream = torch.cuda.Stream(self.flat.device) if share_cuda else None
+
+    def fill(self, model: nn.Module) -> None:
+        """Copy the model's weights in. On CUDA the copy runs on a stream of its own: see `wait`."""
+        pairs = zip(self.views, named_weights(model), strict=True)
+        if self.stream is None:
+            with torch.no_grad():
+                for (_, staged), (_, weight) in pairs:
+                    staged.copy_(weight)
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.flat.device))
+        with torch.no_grad(), torch.cuda.stream(self.stream):
+            for (_, staged), (_, weight) in pairs:
+                staged.copy_(weight, non_blocking=True)
+
+    def order_before_write(self) -> None:
+        """Let what the GPU does next, a change of the weights, come after a copy that is under way."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.flat.device).wait_stream(self.stream)
+
+    def wait(self) -> None:
+        """Return when the last `fill` is done."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
+    def unlink(self) -> None:
+        """Take the shared memory's name away."""
+        if self.path is not None:
+            os.unlink(self.path)
+
+
+async def share(model: nn.Module, searcher: "Searcher") -> Staging:
+    """A staging tensor that every engine of the searcher has opened: on the trainer's GPU where they can reach it."""
+    on_gpu = all(device.startswith("cuda") for device in searcher.devices)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    if on_gpu and next(model.parameters()).is_cuda:
+        try:
+            staging = Staging(model, dtype, share_cuda=True)
+            await searcher.open_staging(staging.handle)
+            return staging
+        except Exception as error:  # no peer access between the two GPUs, say
+            print(
+                f"weights go through host memory, for the engines cannot open the trainer's: {error}", file=sys.stderr
+            )
+    staging = Staging(model, dtype, share_cuda=False)
+    try:
+        await searcher.open_staging(staging.handle)
+    finally:
+        staging.unlink()  # who has it open keeps it; it goes when the last of them ends, however that does
+    return staging
+
+
+def view(flat: Tensor, layout: Iterable[tuple[str, list[int]]]) -> Iterator[tuple[str, Tensor]]:
+    """(name, weight) of each weight in a staging tensor."""
+    start = 0
+    for name, shape in layout:
+        end = start + torch.Size(shape).numel()
+        yield name, flat[start:end].view(shape)
+        start = end
+
+
+class StagingReader:
+    """The engines' side: vLLM gives these methods to its worker (`worker_extension_cls`)."""
+
+    def open_staging(self, handle: dict) -> None:
+        """Open the trainer's staging tensor."""
+        die_with_parent()
+        if "ipc" in handle:
+            self.staged = ForkingPickler.loads(handle["ipc"])
+        else:
+            dtype = getattr(torch, handle["dtype"])
+            self.staged = torch.from_file(handle["path"], shared=True, size=handle["size"], dtype=dtype)
+        self.layout = handle["layout"]
+
+    def load_staging(self) -> None:
+        """Take the staged weights.
+
+        Between two steps of the engine: sequences in flight go on under the new weights. On the CPU vLLM has packed
+        the weights for oneDNN, so that they have to be packed anew (`reload_weights`). That is also right for every
+        model on CUDA, where plain `load_weights` is five times as fast, but spoils mixtures of experts.
+        """
+        weights = view(self.staged, self.layout)
+        model = self.model_runner.get_model()
+        if self.staged.is_cuda and not any("expert" in name for name, _ in self.layout):
+            model.load_weights(weights)
+        else:
+            self.model_runner.reload_weights(weights_iterator=weights)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the trainer may write the staging tensor again
+
+
+def die_with_parent() -> None:
+    """Let Linux end this process when the one that started it ends, however that does."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
