@@ -86,6 +86,27 @@ class Config:
     resume: str = ""
     """Go on with the run in this folder, from its newest checkpoint."""
 
+    def beta_at(self, step: int) -> float:
+        """Beta of the update that follows `step` updates.
+
+        >>> config = Config(beta=0.012, beta_final=0.004, beta_steps=4)
+        >>> [config.beta_at(step) for step in (0, 2, 4, 9)]
+        [0.012, 0.008, 0.004, 0.004]
+        """
+        done = min(1.0, step / self.beta_steps) if self.beta_steps else 0.0
+        return self.beta + done * (self.beta_final - self.beta)
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of the update that follows `step` updates: warm-up, stable, decay.
+
+        >>> config = Config(lr=1.0, steps=10, lr_warmup=2, lr_decay=5)
+        >>> [config.lr_at(step) for step in (0, 1, 2, 5, 6, 9)]
+        [0.5, 1.0, 1.0, 1.0, 0.8, 0.2]
+        """
+        up = (step + 1) / self.lr_warmup if self.lr_warmup else 1.0
+        down = (self.steps - step) / self.lr_decay if self.lr_decay else 1.0
+        return self.lr * min(up, down, 1.0)
+
 
 AT_LEAST = dict(
     seed=0, steps=1, prompts_per_step=1, responses_per_prompt=2, search_responses=2, lr_warmup=0, lr_decay=0,
@@ -147,10 +168,8 @@ def parse(arguments: list[str]) -> Config:
         saved = Path(known.resume) / "config.json"
         if not saved.is_file():
             raise ValueError(f"resume is {known.resume!r}: it must be the folder of a run, and {saved} does not exist")
-        settings = json.loads(saved.read_text()) | {
-            "search_devices": tuple(json.loads(saved.read_text())["search_devices"])
-        }
-        defaults = Config(**settings | {"out": known.resume, "resume": known.resume})
+        settings = json.loads(saved.read_text()) | {"out": known.resume, "resume": known.resume}
+        defaults = Config(**settings | {"search_devices": tuple(settings["search_devices"])})
     else:
         defaults = Config(**{"task": known.task} | tasks.load(known.task).defaults)
     complaint = io.StringIO()

@@ -10,11 +10,13 @@ under a flex-attention `BlockMask`, on the CPU each has a row of its own under a
     position   0 1 2 3 4 3 4 5
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 from buffer import Group, Trajectory
 
@@ -33,8 +35,15 @@ class Packed:
     read: int  # tokens without the padding
 
 
-def pack(groups: list[Group], device: torch.device) -> Packed:
-    """Pack groups, each of any number of responses; one that a group holds several times is computed once."""
+def pack(groups: list[Group], device: torch.device, layout: Callable | None = None) -> Packed:
+    """Pack groups, each of any number of responses; one that a group holds several times is computed once.
+
+    Args:
+        groups: what to pack.
+        device: where the rows are to be.
+        layout: `one_row` or `row_each`; default the one for the device.
+    """
+    on_cuda = device.type == "cuda"
     rows, sources, targets, owners, responses, counts = [], [], [], [], [], []
     for group in groups:
         unique = list({id(response): response for response in group.responses}.values())
@@ -54,20 +63,31 @@ def pack(groups: list[Group], device: torch.device) -> Packed:
         responses += unique
         counts.append(len(unique))
         rows.append(row)
-    packed, groups_RT, starts = _one_row(rows) if device.type == "cuda" else _one_row_each(rows)
+    packed, group_id, starts = (layout or (one_row if on_cuda else row_each))(rows)
     offset = np.repeat(np.repeat(starts, counts), [len(target) for target in targets])
-    arrays = np.concatenate(sources) + offset, np.concatenate(targets), np.concatenate(owners)
-    tokens, segments, positions, group_id = (
-        torch.from_numpy(array).to(device, non_blocking=True) for array in (*packed, groups_RT)
+    tokens, segments, positions, group_id, source, target, owner = (
+        torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
+        for array in (
+            *packed,
+            group_id,
+            np.concatenate(sources) + offset,
+            np.concatenate(targets),
+            np.concatenate(owners),
+        )
     )
-    make_mask = _block_mask if device.type == "cuda" else _dense_mask
-    indices = (torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True) for array in arrays)
+    rule = allowed(segments, group_id)
+    mask = (create_block_mask if on_cuda else create_mask)(rule, len(tokens), None, *[tokens.shape[1]] * 2, device)
     read = sum(row.shape[1] for row in rows)
-    return Packed(tokens, positions, make_mask(segments, group_id), *indices, responses, read)
+    return Packed(tokens, positions, mask, source, target, owner, responses, read)
 
 
-def _one_row_each(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """[3, R, T] padded to the longest, the group of each place [R, T] (-1 in the padding), each group's flat start."""
+def row_each(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A row for each group, padded to the longest.
+
+    Returns:
+        tokens, segments and positions [3, R, T]; the group of each place [R, T], -1 in the padding; where in the R*T
+        places each group starts.
+    """
     longest = max(row.shape[1] for row in rows)
     packed = np.zeros((3, len(rows), longest), dtype=np.int64)
     group_id = np.full((len(rows), longest), -1)
@@ -77,31 +97,21 @@ def _one_row_each(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.nd
     return packed, group_id, np.arange(len(rows)) * longest
 
 
-def _one_row(rows: list[np.ndarray], multiple: int = 128) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same with all groups in one row, its length a multiple of the attention kernel's block."""
+def one_row(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All groups in one row, padded to a multiple of flex attention's block of 128. Returns as `row_each` does."""
     lengths = [row.shape[1] for row in rows]
     row = np.concatenate(rows, axis=1)
-    padding = -row.shape[1] % multiple
+    padding = -row.shape[1] % 128
     packed = np.pad(row, ((0, 0), (0, padding)))[:, None]
     group_id = np.pad(np.repeat(np.arange(len(rows)), lengths), (0, padding), constant_values=-1)[None]
     return packed, group_id, np.cumsum([0, *lengths[:-1]])
 
 
-def _dense_mask(segments: Tensor, group_id: Tensor) -> Tensor:
-    """bool [R, 1, T, T], True where the token (row) may attend to the other (column)."""
-    same = group_id[:, :, None] == group_id[:, None, :]
-    visible = (segments[:, None, :] == 0) | (segments[:, :, None] == segments[:, None, :])
-    causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
-    return (same & visible & causal)[:, None]
+def allowed(segments: Tensor, group_id: Tensor) -> Callable:
+    """The rule of the mask: a token attends to its own group's prompt and to its own segment's past."""
 
-
-def _block_mask(segments: Tensor, group_id: Tensor):
-    """The same rule for flex attention, which skips the blocks that hold no allowed pair."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def allowed(b, h, q, k):
+    def rule(b, h, q, k):
         visible = (segments[b, k] == 0) | (segments[b, q] == segments[b, k])
         return (group_id[b, q] == group_id[b, k]) & visible & (q >= k)
 
-    rows, length = segments.shape
-    return create_block_mask(allowed, rows, None, length, length, device=segments.device)
+    return rule

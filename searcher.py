@@ -107,8 +107,7 @@ class Searcher:
         # Salted with the version, the prefix cache never serves keys and values of older weights.
         prompt = tokens_input(np.asarray(prompt).tolist(), cache_salt=str(version))
         with self._in_flight(engine, n):
-            async for output in engine.llm.generate(prompt, params, str(next(self.requests))):
-                pass
+            output = await self._request(engine, prompt, params)
         return [
             Response(np.array(each.token_ids, dtype=np.int32), each.finish_reason != "length")
             for each in output.outputs
@@ -122,8 +121,7 @@ class Searcher:
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
         tokens, found = np.asarray(tokens).tolist(), []
         for engine in self.engines:
-            async for output in engine.llm.generate(tokens_input(tokens), params, str(next(self.requests))):
-                pass
+            output = await self._request(engine, tokens_input(tokens), params)
             rows = zip(tokens[1:], output.prompt_logprobs[1:], strict=True)
             found.append(np.array([row[token].logprob for token, row in rows]))
         return found
@@ -147,6 +145,11 @@ class Searcher:
             engine.llm.shutdown(timeout=0)
             engine.llm = None  # or it is shut down once more when the interpreter has gone
         self._threads.shutdown()
+
+    async def _request(self, engine: Engine, prompt: dict, params):
+        """The final output of a request."""
+        outputs = [output async for output in engine.llm.generate(prompt, params, str(next(self.requests)))]
+        return outputs[-1]
 
     @contextlib.contextmanager
     def _in_flight(self, engine: Engine, n: int) -> Iterator[None]:

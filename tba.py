@@ -10,8 +10,8 @@
 
 Four coroutines share what `Run` holds: `search` keeps the engines full and fills the buffer; `train` updates the policy
 and never waits for search; `sync` carries weights to the engines while both go on; `evaluate` asks the same engines.
-When one fails all end, in this order: search and sync are cancelled, the update under way ends, the policy is saved, the
-engines are shut down, the files are closed, the error is shown.
+When one fails all end, in this order: search and sync are cancelled, the update under way ends, the policy is saved,
+the engines are shut down, the files are closed, the error is shown.
 """
 
 import asyncio
@@ -23,6 +23,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +34,8 @@ import tasks
 from buffer import EVICTION, REPLAY, Buffer, Group, Trajectory
 from config import Config, parse
 from log import Log, say, table
+
+# What imports torch or vLLM is imported where it is first needed, so that --help and bad input are answered at once.
 
 
 class Run:
@@ -46,9 +49,14 @@ class Run:
     """
 
     def __init__(self, config: Config):
-        self.config, self.task, self.out = config, tasks.load(config.task), Path(config.out)
-        self.train_device, self.search_devices = devices(config)
-        self.model = self.task.prepare(config) if config.model == "embedded" else config.model
+        from machine import cores, devices, pin
+        from trainer import load_tokenizer, newest_checkpoint
+
+        self.config, self.task = config, tasks.load(config.task)
+        self.out = Path(config.out or f"runs/{config.task}-{time.strftime('%Y%m%d-%H%M%S')}")
+        self.train_device, self.search_devices = devices(config.train_device, config.search_devices)
+        embedded = config.model == "embedded" and hasattr(self.task, "prepare")
+        self.model = self.task.prepare(config) if embedded else config.model
         self.tokenizer, self.longest = load_tokenizer(self.model)
         self.problems = self.load_problems("train")
         self.test = self.load_problems("test")[: config.eval_prompts] if config.eval_prompts else []
@@ -176,15 +184,12 @@ class Run:
 
     async def train(self) -> None:
         """Update the policy, one update after another; only the first waits, for the buffer to be primed."""
-        from trainer import learning_rate, schedule
-
         config = self.config
         await self.primed.wait()
         recorded = self.log.time, self.searcher.busy_seconds
         while self.step < config.steps:
             groups = self.buffer.sample(config.prompts_per_step, config.responses_per_prompt, config.on_policy_prob)
-            lr = learning_rate(self.step, config.steps, config.lr, config.lr_warmup, config.lr_decay)
-            beta = schedule(self.step, config.beta, config.beta_final or config.beta, config.beta_steps)
+            beta, lr = config.beta_at(self.step), config.lr_at(self.step)
             began = self.log.time
             with self.log.span("train"):
                 figures = await in_thread(self.train_thread, self.trainer.update, groups, beta, lr)
@@ -308,93 +313,40 @@ async def in_thread(thread: ThreadPoolExecutor, work, *arguments):
     return await asyncio.get_running_loop().run_in_executor(thread, work, *arguments)
 
 
-def pin(cores: set[int]) -> None:
-    """Confine this thread, and the threads that torch starts for it, to some cores."""
-    import torch
-
-    os.sched_setaffinity(0, cores)
-    torch.set_num_threads(len(cores))
-
-
-def cores() -> tuple[set[int], set[int]]:
-    """The CPU cores for training and for search: half of them each, the one core where there is but one."""
-    every = sorted(os.sched_getaffinity(0))
-    half = (len(every) + 1) // 2
-    return set(every[:half]), set(every[half:] or every)
-
-
-def devices(config: Config) -> tuple[str, list[str]]:
-    """Where to train and where to search: of several GPUs the first trains and the others search.
-
-    Raises:
-        ValueError: a device that is not there.
-    """
-    import torch
-
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    train = (gpus or ["cpu"])[0] if config.train_device == "auto" else config.train_device
-    search = list(config.search_devices)
-    if search == ["auto"]:
-        search = [gpu for gpu in gpus if gpu != train] or gpus or ["cpu"]
-    for name, device in [("train_device", train), *(("search_devices", device) for device in search)]:
-        if device != "cpu" and device not in gpus:
-            raise ValueError(f"{name} is {device!r}: this machine has {', '.join(['cpu', *gpus])}")
-    return train, search
-
-
-def load_tokenizer(model: str):
-    """A model's tokenizer, and the longest sequence that the model takes, in tokens.
-
-    Raises:
-        ValueError: there is no such model.
-    """
-    from transformers import AutoConfig, AutoTokenizer
-
-    try:
-        settings, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"model is {model!r}: it must be a Hugging Face folder or hub id ({reason})") from None
-    return tokenizer, getattr(settings, "max_position_embeddings", 2**20)
-
-
-def newest_checkpoint(out: Path) -> tuple[Path, int]:
-    """A run's newest checkpoint and the step it was made at.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = {int(folder.name.removeprefix("step-")): folder for folder in out.glob("checkpoints/step-*[0-9]")}
-    if not found:
-        raise ValueError(f"resume is {str(out)!r}: it must be a run that saved checkpoints (--save-every)")
-    return found[max(found)], max(found)
-
-
 def main() -> int:
     """The command line. Returns the exit code: 0, 1 on failure, 2 on bad input, 130 or 143 when interrupted."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        config = parse(sys.argv[1:])
-        if not config.out:
-            name = f"runs/{Path(config.task).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-            config = dataclasses.replace(config, out=name)
-        run = Run(config)
+        run = Run(parse(sys.argv[1:]))
     except ValueError as error:
         print(f"tba: {error}", file=sys.stderr)
         return 2
-
-    async def interruptible() -> None:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)
-        await run.main()
-
+    code = 0
     try:
-        asyncio.run(interruptible())
-    except* KeyboardInterrupt:
-        pass
-    say(table(run.evaluations))
-    return 0
+        asyncio.run(interruptible(run))
+    except (KeyboardInterrupt, asyncio.CancelledError) as stop:
+        code = 130 if isinstance(stop, KeyboardInterrupt) else 143
+    except BaseException as error:
+        traceback.print_exception(first_cause(error))
+        code = 1
+    if run.evaluations:
+        say(f"\n{table(run.evaluations)}\n")
+    ended = "stopped at" if code else "done:"
+    say(f"{ended} step {run.step}; metrics, samples and the policy (model/) are in {run.out}")
+    return code
+
+
+async def interruptible(run: Run) -> None:
+    """The run, which ends as on Ctrl-C when it is asked to terminate."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)
+    await run.main()
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """Of the errors that ended the coroutines together, the one that came first."""
+    return first_cause(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 
 if __name__ == "__main__":

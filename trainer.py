@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from buffer import Group, Trajectory
 from packing import Packed, pack
@@ -133,12 +133,12 @@ class Trainer:
         """Copy the policy's weights to where the engines take them from."""
         self.staging.fill(self.policy)
 
-    def export(self, folder: Path, tokenizer) -> None:
+    def export(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write the policy as a Hugging Face folder."""
         self.policy.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    def save(self, folder: Path, tokenizer, step: int) -> None:
+    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase, step: int) -> None:
         """Write a checkpoint: the policy as a Hugging Face folder, and the optimiser beside it."""
         unfinished = folder.with_name(folder.name + ".tmp")
         self.export(unfinished, tokenizer)
@@ -154,6 +154,32 @@ class Trainer:
             index, name = key.split(".")
             state.setdefault(int(index), {})[name] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+
+
+def load_tokenizer(model: str) -> tuple[PreTrainedTokenizerBase, int]:
+    """A model's tokenizer, and the longest sequence that the model takes, in tokens.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    try:
+        settings, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model is {model!r}: it must be a Hugging Face folder or hub id ({reason})") from None
+    return tokenizer, getattr(settings, "max_position_embeddings", 2**20)
+
+
+def newest_checkpoint(out: Path) -> tuple[Path, int]:
+    """A run's newest checkpoint and the step it was made at.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = {int(folder.name.removeprefix("step-")): folder for folder in out.glob("checkpoints/step-*[0-9]")}
+    if not found:
+        raise ValueError(f"resume is {str(out)!r}: it must be a run that saved checkpoints (--save-every)")
+    return found[max(found)], max(found)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -194,23 +220,3 @@ def micro_batches(groups: list[Group], budget: int) -> Iterator[list[Group]]:
         fit = max(1, budget // packed_tokens(ordered[0]))
         yield ordered[:fit]
         ordered = ordered[fit:]
-
-
-def schedule(step: int, start: float, final: float, steps: int) -> float:
-    """A value on its way from `start` at step 0 to `final` at `steps`, in a straight line, and `final` from there.
-
-    >>> [schedule(step, 0.012, 0.004, 4) for step in (0, 2, 4, 9)]
-    [0.012, 0.008, 0.004, 0.004]
-    """
-    return float(np.interp(step, [0, steps], [start, final])) if steps else final
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: int) -> float:
-    """Warm-up, stable, decay: `peak` reached in `warmup` updates, and from there to 0 over the last `decay`.
-
-    >>> [learning_rate(step, 10, 1.0, 2, 5) for step in (0, 1, 2, 5, 6, 9)]
-    [0.5, 1.0, 1.0, 1.0, 0.8, 0.2]
-    """
-    up = (step + 1) / warmup if warmup else 1.0
-    down = (steps - step) / decay if decay else 1.0
-    return peak * min(up, down, 1.0)

@@ -40,7 +40,7 @@ defaults = dict(
 )
 
 PROMPT = "[MATH_TASK] Problem:\n{question}\n\nSolution:"
-# An optional sign (not the minus of 10-5), an optional $, then 1,234.50 | 12 | 12.5 | .5, then the rest of a fraction 3/4
+# An optional sign (not the minus of 10-5), an optional $, 1,234.50 | 12 | 12.5 | .5, and the rest of a fraction 3/4
 NUMBER = re.compile(r"((?<![\w.)])[-+])?\$?((?:\d{1,3}(?:,\d{3})+(?!\d|,\d)|\d+)(?:\.\d+)?|\.\d+)(?:\s?/\s?(\d+))?")
 LONGEST = 100  # characters of a number: a longer one is no answer, and costs time
 

@@ -1,0 +1,36 @@
+"""Which devices and CPU cores train, and which search."""
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+
+def pin(cores: set[int]) -> None:
+    """Confine this thread, and the threads that torch starts for it, to some cores."""
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(cores))
+
+
+def cores() -> tuple[set[int], set[int]]:
+    """The CPU cores for training and for search: half of them each, the one core where there is but one."""
+    every = sorted(os.sched_getaffinity(0))
+    half = (len(every) + 1) // 2
+    return set(every[:half]), set(every[half:] or every)
+
+
+def devices(train: str, search: Sequence[str]) -> tuple[str, list[str]]:
+    """Where to train and where to search, "auto" resolved: of several GPUs the first trains and the others search.
+
+    Raises:
+        ValueError: a device that is not there.
+    """
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if train == "auto":
+        train = (gpus or ["cpu"])[0]
+    if list(search) == ["auto"]:
+        search = [gpu for gpu in gpus if gpu != train] or gpus or ["cpu"]
+    for name, device in [("train_device", train), *(("search_devices", device) for device in search)]:
+        if device != "cpu" and device not in gpus:
+            raise ValueError(f"{name} is {device!r}: this machine has {', '.join(['cpu', *gpus])}")
+    return train, list(search)

@@ -1,0 +1,149 @@
+"""What stays, what leaves, what a batch holds, and what it costs."""
+
+import itertools
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from buffer import Buffer, Group, Trajectory, by_reward, lowest_reward, uniform
+
+serial = itertools.count()
+
+
+def response(reward: float = 0.0, tokens: list[int] | None = None, version: int = 0) -> Trajectory:
+    return Trajectory(np.array([next(serial)] if tokens is None else tokens, dtype=np.int32), True, reward, version)
+
+
+def group(prompt_id: int, *responses: Trajectory) -> Group:
+    return Group(prompt_id, np.array([1, 2, 3], dtype=np.int32), list(responses))
+
+
+def stored(buffer: Buffer, prompt_id: int) -> list[Trajectory]:
+    return list(buffer.prompts[prompt_id].stored.values())
+
+
+def test_the_newest_of_exact_duplicates_stays():
+    buffer = Buffer()
+    old, new, other = response(tokens=[7, 8], version=1), response(tokens=[7, 8], version=5), response(tokens=[7])
+    buffer.add(group(0, old, other))
+    buffer.add(group(0, new))
+    assert len(buffer) == 2
+    assert new in stored(buffer, 0) and old not in stored(buffer, 0)
+
+
+def test_duplicates_within_a_group_count_once():
+    buffer = Buffer()
+    buffer.add(group(0, response(tokens=[7]), response(tokens=[7]), response(tokens=[8])))
+    assert len(buffer) == 2
+
+
+def test_a_full_prompt_loses_its_oldest():
+    buffer = Buffer(capacity=3)
+    responses = [response(reward=10 - i) for i in range(5)]
+    for each in responses:
+        buffer.add(group(0, each))
+    assert stored(buffer, 0) == responses[2:] and len(buffer) == 3
+
+
+def test_a_duplicate_is_as_young_as_its_last_arrival():
+    buffer = Buffer(capacity=2)
+    buffer.add(group(0, response(tokens=[1]), response(tokens=[2])))
+    buffer.add(group(0, response(tokens=[1])))
+    buffer.add(group(0, response(tokens=[3])))
+    assert sorted(int(t.tokens[0]) for t in stored(buffer, 0)) == [1, 3]
+
+
+def test_a_full_prompt_loses_its_worst():
+    buffer = Buffer(capacity=2, evict=lowest_reward)
+    best, worst, middle = response(1.0), response(0.0), response(0.5)
+    for each in (best, worst, middle):
+        buffer.add(group(0, each))
+    assert set(map(id, stored(buffer, 0))) == {id(best), id(middle)}
+
+
+def test_a_batch_is_distinct_prompts_and_exactly_k_responses_of_each():
+    buffer = Buffer(seed=1)
+    for prompt_id in range(20):
+        buffer.add(group(prompt_id, *(response() for _ in range(6))))
+    for on_policy_prob in (0.0, 0.5, 1.0):
+        batch = buffer.sample(8, 4, on_policy_prob)
+        assert len({g.prompt_id for g in batch}) == 8
+        for g in batch:
+            assert len(g.responses) == len(set(map(id, g.responses))) == 4
+            assert all(r in stored(buffer, g.prompt_id) for r in g.responses)
+    assert buffer.repeated == 0
+
+
+def test_few_responses_are_repeated_evenly_and_counted():
+    buffer = Buffer()
+    buffer.add(group(0, *(response() for _ in range(3))))
+    (only,) = buffer.sample(1, 8, 1.0)
+    assert sorted(Counter(map(id, only.responses)).values()) == [2, 3, 3]
+    assert buffer.repeated == 5
+
+
+def test_new_prompts_are_those_since_the_last_sync_and_bring_their_newest_responses():
+    buffer = Buffer()
+    for prompt_id in range(10):
+        buffer.add(group(prompt_id, response(), response()))
+    buffer.start_window()
+    newest = {prompt_id: [response(), response()] for prompt_id in (3, 5)}
+    for prompt_id, responses in newest.items():
+        buffer.add(group(prompt_id, *responses))
+    for _ in range(20):
+        for g in buffer.sample(2, 2, on_policy_prob=1.0):
+            assert set(map(id, g.responses)) == set(map(id, newest[g.prompt_id]))
+
+
+def test_with_probability_m_a_prompt_is_new():
+    buffer = Buffer(seed=3)
+    for prompt_id in range(1000):
+        buffer.add(group(prompt_id, response()))
+    buffer.start_window()
+    for prompt_id in range(1000, 1010):
+        buffer.add(group(prompt_id, response()))
+    drawn = [g.prompt_id >= 1000 for _ in range(2000) for g in buffer.sample(2, 1, on_policy_prob=0.7)]
+    assert np.mean(drawn) == pytest.approx(0.7 + 0.3 * 0.01, abs=0.03)
+
+
+def test_a_batch_that_is_too_large_is_refused():
+    with pytest.raises(ValueError, match="needs 2 prompts"):
+        Buffer().sample(2, 1, 1.0)
+
+
+def test_by_reward_draws_by_the_softmax():
+    rng, rewards = np.random.default_rng(0), np.array([0.0, 1.0, 2.0])
+    counts = np.bincount([by_reward(rewards, 1, rng)[0] for _ in range(20_000)]) / 20_000
+    np.testing.assert_allclose(counts, np.exp(rewards) / np.exp(rewards).sum(), atol=0.015)
+    assert sorted(by_reward(rewards, 3, rng)) == sorted(uniform(rewards, 3, rng)) == [0, 1, 2]
+
+
+def test_replay_is_what_chooses_among_old_responses():
+    best = [response(50.0) for _ in range(3)]
+    buffer = Buffer(replay=by_reward)
+    buffer.add(group(0, *best, *(response(0.0) for _ in range(50))))
+    buffer.start_window()
+    (g,) = buffer.sample(1, 3, on_policy_prob=0.0)
+    assert set(map(id, g.responses)) == set(map(id, best))
+
+
+def test_cost_does_not_grow_with_what_is_stored():
+    """A ratio on one machine, with room: a cost that grows with 64 times the prompts would be far above it."""
+
+    def seconds(prompts: int) -> float:
+        buffer = Buffer()
+        for prompt_id in range(prompts):
+            buffer.add(group(prompt_id, response(), response()))
+        buffer.start_window()
+        times = []
+        for i in range(30):
+            began = time.perf_counter()
+            buffer.add(group(prompts + i, response(), response()))
+            buffer.sample(8, 2, 0.5)
+            times.append(time.perf_counter() - began)
+        return float(np.median(times))
+
+    small, large = min(seconds(500) for _ in range(3)), min(seconds(32_000) for _ in range(3))
+    assert large < 8 * small

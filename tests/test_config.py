@@ -1,0 +1,88 @@
+"""Bad input gets one line that names the field, its value and what is allowed, before anything is loaded."""
+
+import subprocess
+import sys
+
+import pytest
+
+from config import AT_LEAST, AT_MOST, POSITIVE, parse
+
+TOO_SMALL = [
+    (name, low - (1 if isinstance(low, int) and name != "on_policy_prob" else 0.5)) for name, low in AT_LEAST.items()
+]
+BAD = [
+    *TOO_SMALL,
+    *((name, high + 1) for name, high in AT_MOST.items()),
+    *((name, value) for name in POSITIVE for value in (0.0, -1.0, "nan", "inf")),
+    ("on_policy_prob", "nan"),
+    ("beta_final", 0.1),  # without beta_steps
+    ("evict", "random"),
+    ("replay", "newest"),
+    ("loss", "ppo"),
+    ("train_device", "gpu"),
+    ("search_devices", "cuda:x"),
+    ("model", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_out_of_range_is_refused(name, value):
+    with pytest.raises(ValueError) as refusal:
+        parse([f"--{name.replace('_', '-')}={value}"])
+    message = str(refusal.value)
+    assert "\n" not in message and "must be" in message
+    assert message.startswith(f"{name} is ") or (name, value) == ("beta_final", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--task", "chess"], "countdown, gsm8k"),
+        (["--steps", "many"], "--steps"),
+        (["--stepz", "3"], "--stepz"),
+        (["--search-responses", "4"], "search_responses is 4: it must be at least responses_per_prompt, 16"),
+        (["--resume", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(arguments, named):
+    with pytest.raises(ValueError, match=named) as refusal:
+        parse(arguments)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("paid for")
+    with pytest.raises(ValueError, match="out is"):
+        parse(["--out", str(tmp_path)])
+
+
+def test_a_flag_beats_the_task_which_beats_the_field():
+    assert parse([]).prompts_per_step == 16
+    assert parse(["--task", "gsm8k"]).responses_per_prompt == 20
+    assert parse(["--task", "gsm8k", "--steps", "7"]).steps == 7
+    assert parse(["--steps", "7", "--task=gsm8k"]).lr_decay == 500
+    assert parse(["--search-devices", "cuda:1", "cuda:2"]).search_devices == ("cuda:1", "cuda:2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--temperature", "-1"], "tba: temperature is -1.0: it must be a finite number above 0"),
+        (["--task", "gsm8k", "--model", "no/such", "--data", "nowhere"], "tba: model is 'no/such'"),
+        (["--train-device", "cuda:63"], "tba: train_device is 'cuda:63'"),
+    ],
+)
+def test_the_command_exits_with_2_and_one_line(arguments, complaint, tmp_path):
+    command = [sys.executable, "tba.py", "--out", str(tmp_path / "out"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env={"HF_HUB_OFFLINE": "1", "PATH": ""}, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(complaint) and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_shows_every_field_with_the_tasks_default():
+    done = subprocess.run(
+        [sys.executable, "tba.py", "--task", "gsm8k", "--help"], capture_output=True, text=True, check=True
+    )
+    for text in ("--on-policy-prob", "probability that a prompt of a batch", "realtreetune/rho-1b-sft-GSM8K"):
+        assert text in done.stdout

@@ -1,0 +1,114 @@
+"""Real vLLM engines take the trainer's weights, and give the same tokens the same log-probabilities."""
+
+import asyncio
+
+import numpy as np
+import pytest
+import torch
+
+from loss import tb
+from machine import cores
+from searcher import Searcher
+from trainer import Trainer
+from weights import share
+
+ARCHITECTURES = [("llama", False), ("llama", True), ("gpt_neox", False), ("gpt2", True)]
+
+
+def difference(found: list[np.ndarray], expected: np.ndarray) -> float:
+    return max(float(np.abs(each - expected).max()) for each in found)
+
+
+@pytest.mark.parametrize(("architecture", "tie"), ARCHITECTURES)
+def test_engine_and_trainer_agree_after_a_sync(make_model, tokenizer, tmp_path, architecture, tie):
+    folder = str(make_model(architecture, tie))
+    trainer = Trainer(folder, tb, "cpu")
+    prompt = np.array(tokenizer("How many clips did Natalia sell?").input_ids, dtype=np.int32)
+
+    async def check() -> None:
+        searcher = Searcher(["cpu"], temperature=1.0, max_tokens=16)
+        try:
+            await searcher.start(folder, 128, 0, 0.5, cores()[1], tmp_path / "engine.log")
+            trainer.staging = await share(trainer.policy, searcher)
+            trainer.publish()
+            await searcher.load_staging(0)
+            responses, version = await searcher.generate(prompt, 8)
+            assert version == 0 and len(responses) == 8
+            assert len({r.tokens.tobytes() for r in responses}) > 1
+            tokens = np.concatenate([prompt, responses[0].tokens])
+            first = trainer.token_logprobs(tokens)
+            assert difference(await searcher.prompt_logprobs(tokens), first) < 1e-4
+
+            with torch.no_grad():
+                for weight in trainer.policy.parameters():
+                    weight.add_(0.05 * torch.randn_like(weight))
+            second = trainer.token_logprobs(tokens)
+            assert np.abs(second - first).max() > 0.1  # or nothing is shown
+            running = asyncio.create_task(searcher.generate(prompt, 32))
+            trainer.publish()
+            await searcher.load_staging(7)
+            assert difference(await searcher.prompt_logprobs(tokens), second) < 1e-4
+            assert len((await running)[0]) == 32  # what was in flight went on
+            assert (await searcher.generate(prompt, 1))[1] == searcher.version == 7
+
+            trainer.staging.flat[len(trainer.staging.flat) // 2 :].zero_()  # a spoiled weight is seen
+            await searcher.load_staging(8)
+            assert difference(await searcher.prompt_logprobs(tokens), second) > 1e-2
+        finally:
+            searcher.shutdown()
+
+    asyncio.run(check())
+
+
+def test_two_engines_share_the_requests(make_model, tokenizer, tmp_path):
+    folder = str(make_model("llama", False))
+    trainer = Trainer(folder, tb, "cpu")
+    prompt = tokenizer("How many?").input_ids
+
+    async def check() -> None:
+        searcher = Searcher(["cpu", "cpu"], temperature=1.0, max_tokens=8)
+        try:
+            await searcher.start(folder, 64, 0, 0.5, cores()[1], tmp_path / "engine.log")
+            trainer.staging = await share(trainer.policy, searcher)
+            trainer.publish()
+            await searcher.load_staging(0)
+            requests = [asyncio.create_task(searcher.generate(prompt, 4)) for _ in range(2)]
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert [engine.in_flight for engine in searcher.engines] == [4, 4]
+            first, second = [responses for responses, _ in await asyncio.gather(*requests)]
+            assert {r.tokens.tobytes() for r in first} != {r.tokens.tobytes() for r in second}
+            found = await searcher.prompt_logprobs(prompt)
+            assert len(found) == 2 and difference(found, trainer.token_logprobs(np.array(prompt))) < 1e-4
+            assert 0 < searcher.busy_seconds < 10
+        finally:
+            searcher.shutdown()
+
+    asyncio.run(check())
+
+
+def test_a_response_ends_with_the_end_of_sequence_or_at_the_limit(make_model, tokenizer, tmp_path):
+    folder = str(make_model("llama", False))
+    trainer = Trainer(folder, tb, "cpu")
+    end = tokenizer.eos_token_id
+
+    async def check() -> None:
+        searcher = Searcher(["cpu"], temperature=1.0, max_tokens=12)
+        try:
+            await searcher.start(folder, 64, 0, 0.5, cores()[1], tmp_path / "engine.log")
+            trainer.staging = await share(trainer.policy, searcher)
+            with torch.no_grad():
+                trainer.policy.lm_head.weight.mul_(0.3)
+                trainer.policy.lm_head.weight[end] *= 3
+            trainer.publish()
+            await searcher.load_staging(0)
+            responses, _ = await searcher.generate(tokenizer("How many?").input_ids, 200)
+        finally:
+            searcher.shutdown()
+        assert {r.finished for r in responses} == {True, False}
+        for response in responses:
+            assert (response.tokens[-1] == end) == response.finished
+            assert end not in response.tokens[:-1]
+            assert response.finished or len(response.tokens) == 12
+
+    asyncio.run(check())

@@ -1,0 +1,234 @@
+"""The main job as a user runs it: the command in a process of its own, with real vLLM engines."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[1]
+FIELDS = {
+    "step", "time", "loss", "reward", "kl", "entropy", "grad_norm", "lr", "beta", "age_mean", "age_max", "buffer_size",
+    "search_tokens_per_s", "train_tokens_per_s", "search_idle", "train_idle", "sync_ms",
+}  # fmt: skip
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def processes() -> set[int]:
+    """vLLM's engine processes and the project's runs on this machine."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"VLLM::" in command or b"tba.py" in command or b"multiprocessing.spawn" in command:
+            found.add(int(folder.name))
+    return found
+
+
+def shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+@pytest.fixture
+def nothing_left():
+    """Nothing survives the program: no engine process, no shared memory."""
+    before = processes(), shared_memory()
+    yield
+    deadline = time.monotonic() + 10
+    while (left := processes() - before[0]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left
+    assert not shared_memory() - before[1]
+
+
+def command(*arguments) -> list[str]:
+    return [sys.executable, str(PROJECT / "tba.py"), *map(str, arguments)]
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """A user's cache folder that holds an embedded model, warmed up for a few seconds only."""
+    import tasks.countdown as countdown
+
+    cache = tmp_path_factory.mktemp("cache")
+    folder = tmp_path_factory.mktemp("embedded")
+    patch = pytest.MonkeyPatch()
+    patch.setitem(countdown.WARM_UP, "steps", 60)
+    countdown.warm_up(folder, seed=0)
+    patch.undo()
+    return {"XDG_CACHE_HOME": str(cache)}, folder
+
+
+@pytest.fixture(scope="module")
+def short_run(embedded, tmp_path_factory):
+    """A run of 60 updates."""
+    out = tmp_path_factory.mktemp("runs") / "short"
+    arguments = command(
+        "--model", embedded[1], "--out", out, "--steps", 60, "--prime", 64, "--eval-prompts", 24, "--eval-every", 25,
+        "--save-every", 40,
+    )  # fmt: skip
+    before = processes(), shared_memory()
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert not processes() - before[0] and not shared_memory() - before[1]
+    return out, done
+
+
+def test_what_a_run_leaves(short_run):
+    out, done = short_run
+    rows = read(out / "metrics.jsonl")
+    updates = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in updates] == list(range(1, 61))
+    for row in updates:
+        assert set(row) >= FIELDS
+        assert all(isinstance(row[name], (int, float)) and abs(row[name]) < 1e9 for name in FIELDS)
+    assert all(a["time"] < b["time"] for a, b in itertools.pairwise(updates))
+    evaluations = [row for row in rows if "eval/pass@1" in row]
+    steps = [row["step"] for row in evaluations]
+    assert steps[0] == 0 and steps[-1] == 60 and len(steps) == 4
+    for row in evaluations:
+        assert 0 <= row["eval/pass@1"] <= row["eval/pass@k"] <= 1
+        assert 0 <= row["eval/greedy"] <= 1 and 0 <= row["eval/distinct"] <= 8
+    samples = read(out / "samples.jsonl")
+    assert len(samples) == 60 and len(samples[0]["responses"]) == 16
+    assert json.loads((out / "config.json").read_text())["steps"] == 60
+    assert "pass@1" in done.stdout and str(out) in done.stdout
+    assert "Traceback" not in done.stderr
+    assert (out / "checkpoints" / "step-40" / "model.safetensors").is_file()
+
+
+def spans(out: Path, what: str) -> list[tuple[float, float]]:
+    return [(row["start"], row["end"]) for row in read(out / "timeline.jsonl") if row["what"] == what]
+
+
+def test_search_and_training_are_busy_in_the_same_seconds(short_run):
+    out, _ = short_run
+    for row in [row for row in read(out / "metrics.jsonl") if "loss" in row][5:]:
+        assert row["search_idle"] < 0.5 and row["train_idle"] < 0.9
+    searches, updates = spans(out, "search"), spans(out, "train")
+    inside = [any(s < end and begin < e for s, e in searches) for begin, end in updates]
+    assert sum(inside) > 0.9 * len(updates)
+
+
+def test_updates_go_on_while_a_sync_is_under_way(short_run):
+    out, _ = short_run
+    syncs, updates = spans(out, "sync"), spans(out, "train")
+    assert len(syncs) >= 10
+    meet = [any(begin < e and s < end for s, e in updates) for begin, end in syncs]
+    assert sum(meet) > 0.5 * len(syncs)
+
+
+def test_search_uses_new_weights(short_run):
+    """Ages stay within a few syncs of the newest: responses carry the version of the weights that began them."""
+    out, _ = short_run
+    last = [row for row in read(out / "metrics.jsonl") if "loss" in row][-1]
+    assert 0 <= last["age_mean"] < 30 and last["sync_ms"] > 0
+
+
+def test_the_policy_loads_in_transformers_and_in_vllm_with_the_same_greedy_answers(short_run, embedded):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out, _ = short_run
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    prompts = ["12 45 33=24:", "1 2 3=6:", "50 20 7=77:", "9 9 30=12:"]
+    expected = []
+    for prompt in prompts:
+        tokens = tokenizer(prompt, return_tensors="pt").input_ids
+        with torch.no_grad():
+            expected.append(model.generate(tokens, do_sample=False, max_new_tokens=10)[0, tokens.shape[1] :].tolist())
+    script = (
+        "import json, sys\n"
+        "if __name__ == '__main__':\n"
+        "    from vllm import LLM, SamplingParams\n"
+        "    llm = LLM(sys.argv[1], dtype='float32', enforce_eager=True, kv_cache_memory_bytes=2**28)\n"
+        "    greedy = SamplingParams(temperature=0, max_tokens=10)\n"
+        "    out = llm.generate(json.loads(sys.argv[2]), greedy, use_tqdm=False)\n"
+        "    print(json.dumps([list(o.outputs[0].token_ids) for o in out]))\n"
+    )
+    path = out / "load.py"
+    path.write_text(script)
+    arguments = [sys.executable, str(path), str(out / "model"), json.dumps(prompts)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True, env=os.environ | ONE_PROCESS)
+    assert json.loads(done.stdout.splitlines()[-1]) == expected
+
+
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
+def test_resume_goes_on_after_the_newest_checkpoint(short_run, nothing_left):
+    out, _ = short_run
+    arguments = command("--resume", out, "--steps", 64, "--eval-prompts", 0)
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    updates = [row["step"] for row in read(out / "metrics.jsonl") if "loss" in row]
+    assert updates == list(range(1, 65))
+
+
+@pytest.mark.parametrize("signalled", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_survives_a_signal(embedded, tmp_path, signalled, nothing_left):
+    out = tmp_path / "run"
+    arguments = command("--model", embedded[1], "--out", out, "--steps", 100_000, "--prime", 32, "--eval-prompts", 0)
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not ((out / "metrics.jsonl").is_file() and len(read(out / "metrics.jsonl")) > 5):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signalled)
+    stdout, stderr = process.communicate(timeout=30)
+    if signalled == signal.SIGKILL:
+        return
+    assert process.returncode == 128 + signalled
+    assert "stopped at step" in stdout and "Traceback" not in stderr
+    assert (out / "model" / "model.safetensors").is_file()
+
+
+def test_an_error_ends_everything_and_is_shown_once(embedded, tmp_path, nothing_left):
+    script = tmp_path / "broken.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(PROJECT)!r})\n"
+        "if __name__ == '__main__':\n"
+        "    import tasks.countdown, tba\n"
+        "    def reward(response, answer):\n"
+        "        raise RuntimeError('the reward broke')\n"
+        "    tasks.countdown.reward = reward\n"
+        "    sys.exit(tba.main())\n"
+    )
+    arguments = ["--model", embedded[1], "--out", tmp_path / "run", "--steps", 50, "--eval-prompts", 0]
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, arguments)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("RuntimeError: the reward broke") == 1 and done.stderr.count("Traceback") == 1
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_gsm8k_from_end_to_end(gsm8k, make_model, tmp_path, tie, nothing_left):
+    out = tmp_path / "run"
+    arguments = command(
+        "--task", "gsm8k", "--model", make_model("llama", tie), "--data", gsm8k, "--out", out, "--steps", 6,
+        "--prompts-per-step", 2, "--responses-per-prompt", 4, "--search-responses", 4, "--max-tokens", 32, "--prime", 8,
+        "--eval-prompts", 4, "--eval-samples", 2, "--eval-every", 0, "--save-every", 0, "--lr-decay", 3,
+        "--lr-warmup", 2,
+    )  # fmt: skip
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    rows = read(out / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "eval/greedy" in row] == [0, 6]
+    assert read(out / "samples.jsonl")[0]["prompt"].startswith("[MATH_TASK] Problem:\n")
+    assert (out / "model" / "model.safetensors").is_file() and (out / "model" / "tokenizer.json").is_file()
+    lrs = [row["lr"] for row in rows if "loss" in row]
+    assert lrs[0] < lrs[1] and lrs[-1] < lrs[3]
