@@ -65,7 +65,7 @@ class _Prompt:
     tokens: np.ndarray
     heap: list[tuple[float, int, Trajectory]] = field(default_factory=list)  # (eviction key, arrival, it)
     stored: dict[bytes, Trajectory] = field(default_factory=dict)  # by the response's tokens
-    newest: list[Trajectory] = field(default_factory=list)  # of the group that came last
+    newest: list[Trajectory] = field(default_factory=list)  # the group that came last, duplicates included
 
 
 class Buffer:
@@ -108,7 +108,7 @@ class Buffer:
             if len(entry.heap) > self.capacity:
                 del entry.stored[heapq.heappop(entry.heap)[-1].tokens.tobytes()]
         self.size += len(entry.stored)
-        entry.newest = list(fresh.values())
+        entry.newest = [fresh[t.tokens.tobytes()] for t in group.responses]  # as often as the policy said it
         self.recent[group.prompt_id] = None
         self.recent.move_to_end(group.prompt_id)
         self.arrived.add(group.prompt_id)
@@ -121,8 +121,9 @@ class Buffer:
         """A batch of `prompts` distinct prompts with `responses` responses each.
 
         With probability `on_policy_prob` a prompt comes from what arrived since the last sync (from the last `prompts`
-        to arrive, while fewer did) with responses of its last group; else it is any prompt seen, its responses chosen
-        by `replay`. Where a prompt has fewer than `responses`, they are repeated evenly, and counted in `repeated`.
+        to arrive, while fewer did) with responses of its last group, duplicates included: a sample of the policy that
+        wrote them. Else it is any prompt seen, its distinct responses chosen by `replay`. Where a prompt has fewer than
+        `responses`, they are repeated evenly, and counted in `repeated`.
 
         Raises:
             ValueError: fewer than `prompts` prompts were seen.

@@ -148,8 +148,11 @@ def check(config: Config) -> None:
                 refuse(name, "auto, cpu, or cuda with a number, as in cuda:1")
     if not config.model:
         refuse("model", "a Hugging Face folder or hub id")
-    if not config.resume and config.out and Path(config.out).exists() and any(Path(config.out).iterdir()):
-        refuse("out", "a new or empty folder (or go on with that run: --resume)")
+    if not config.resume and config.out and Path(config.out).exists():
+        metrics = Path(config.out) / "metrics.jsonl"
+        never_began = metrics.is_file() and not metrics.stat().st_size
+        if not Path(config.out).is_dir() or (any(Path(config.out).iterdir()) and not never_began):
+            refuse("out", "a new or empty folder (or go on with that run: --resume)")
 
 
 def parse(arguments: list[str]) -> Config:

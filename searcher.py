@@ -8,6 +8,7 @@ random ones and takes the trainer's (weights.py), so that what it samples from i
 import asyncio
 import contextlib
 import itertools
+import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,7 @@ class Response:
 class Engine:
     """A vLLM engine, and how many sequences it has in flight."""
 
+    device: str
     llm: object  # vllm.v1.engine.async_llm.AsyncLLM
     in_flight: int = 0
     version: int = 0  # of its weights
@@ -49,30 +51,25 @@ class Searcher:
     _busy: float = 0.0  # seconds, to the moment when last nothing was in flight
     _busy_since: float | None = None
 
-    async def start(
-        self, model: str, max_model_len: int, seed: int, gpu_memory_utilization: float, cores: set[int], log: Path
-    ) -> None:
+    async def start(self, model: str, max_model_len: int, seed: int, memory: float, cores: set[int], log: Path) -> None:
         """Start an engine on each device, side by side; what they print goes to the file `log`.
 
         Args:
             model: a Hugging Face folder or hub id, for its architecture and tokenizer.
             max_model_len: longest sequence, prompt and response, in tokens.
             seed: of the sampling.
-            gpu_memory_utilization: share of a GPU's memory that an engine takes.
+            memory: share of a GPU's memory that an engine takes.
             cores: the CPU cores of engines on the CPU.
             log: a file.
         """
         self._threads = ThreadPoolExecutor(len(self.devices))  # kept: an engine ends with the thread that started it
         loop = asyncio.get_running_loop()
-        with _environment(cores if "cpu" in self.devices else None), _output_to(log):
-            self.engines = await asyncio.gather(
-                *(
-                    loop.run_in_executor(
-                        self._threads, _start_engine, model, device, max_model_len, seed + i, gpu_memory_utilization
-                    )
-                    for i, device in enumerate(self.devices)
-                )
-            )
+        with _environment(cores if "cpu" in self.devices else None, len(self.devices)), _output_to(log):
+            starts = [
+                loop.run_in_executor(self._threads, self._start_engine, device, model, max_model_len, seed + i, memory)
+                for i, device in enumerate(self.devices)
+            ]
+            await asyncio.gather(*starts)
 
     @property
     def slots(self) -> int:
@@ -113,8 +110,8 @@ class Searcher:
             for each in output.outputs
         ], version
 
-    async def prompt_logprobs(self, tokens: Sequence[int]) -> list[np.ndarray]:
-        """Log-probability of each token but the first [T-1] at temperature 1, under every engine in turn."""
+    async def prompt_logprobs(self, tokens: Sequence[int]) -> list[tuple[str, np.ndarray]]:
+        """(device, log-probability of each token but the first [T-1] at temperature 1) of every engine."""
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
 
@@ -123,7 +120,7 @@ class Searcher:
         for engine in self.engines:
             output = await self._request(engine, tokens_input(tokens), params)
             rows = zip(tokens[1:], output.prompt_logprobs[1:], strict=True)
-            found.append(np.array([row[token].logprob for token, row in rows]))
+            found.append((engine.device, np.array([row[token].logprob for token, row in rows])))
         return found
 
     async def open_staging(self, handle: dict) -> None:
@@ -140,11 +137,43 @@ class Searcher:
         await asyncio.gather(*map(load, self.engines))
 
     def shutdown(self) -> None:
-        """End the engines and their processes."""
+        """End the engines and their processes, at once."""
         for engine in self.engines:
             engine.llm.shutdown(timeout=0)
             engine.llm = None  # or it is shut down once more when the interpreter has gone
+        for starting in multiprocessing.active_children():
+            starting.kill()
         self._threads.shutdown()
+
+    def _start_engine(self, device: str, model: str, max_model_len: int, seed: int, memory: float) -> None:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        kind, _, index = device.partition(":")
+        if kind == "cuda":
+            settings = dict(dtype="bfloat16", device_ids=[int(index or 0)], gpu_memory_utilization=memory)
+        else:
+            # What starts fastest: one process beside this one, nothing compiled. Compiling gains less than it takes.
+            settings = dict(
+                dtype="float32",
+                enforce_eager=True,
+                distributed_executor_backend="uni",
+                enable_prefix_caching=False,  # its blocks of 128 tokens are longer than most prompts here
+                kv_cache_memory_bytes=2**30,
+            )
+        args = AsyncEngineArgs(
+            model=model,
+            seed=seed,
+            max_model_len=max_model_len,
+            load_format="dummy",
+            # Of two tied matrices vLLM repacks but one on the CPU; untied it takes both, which the trainer keeps equal.
+            hf_overrides={"tie_word_embeddings": False},
+            max_num_seqs=MAX_IN_FLIGHT[kind],
+            worker_extension_cls="weights.StagingReader",
+            disable_log_stats=True,
+            **settings,
+        )
+        self.engines.append(Engine(device, AsyncLLM.from_engine_args(args)))
 
     async def _request(self, engine: Engine, prompt: dict, params):
         """The final output of a request."""
@@ -163,43 +192,11 @@ class Searcher:
                 self._busy, self._busy_since = self.busy_seconds, None
 
 
-def _start_engine(model: str, device: str, max_model_len: int, seed: int, gpu_memory_utilization: float) -> Engine:
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    kind, _, index = device.partition(":")
-    if kind == "cuda":
-        settings = dict(dtype="bfloat16", device_ids=[int(index or 0)], gpu_memory_utilization=gpu_memory_utilization)
-    else:
-        # What starts fastest: one process beside this one, nothing compiled. Compiling gains less than it takes.
-        settings = dict(
-            dtype="float32",
-            enforce_eager=True,
-            distributed_executor_backend="uni",
-            enable_prefix_caching=False,  # its blocks of 128 tokens are longer than most prompts here
-            kv_cache_memory_bytes=2**30,
-        )
-    args = AsyncEngineArgs(
-        model=model,
-        seed=seed,
-        max_model_len=max_model_len,
-        load_format="dummy",
-        # vLLM cannot repack tied embeddings on the CPU; untied it takes both matrices, which the trainer keeps equal.
-        hf_overrides={"tie_word_embeddings": False},
-        max_num_seqs=MAX_IN_FLIGHT[kind],
-        worker_extension_cls="weights.StagingReader",
-        disable_log_stats=True,
-        **settings,
-    )
-    return Engine(AsyncLLM.from_engine_args(args))
-
-
 @contextlib.contextmanager
-def _environment(cores: set[int] | None) -> Iterator[None]:
+def _environment(cores: set[int] | None, engines: int) -> Iterator[None]:
     """What vLLM and the processes it starts read from the environment.
 
-    On the CPU the engines are confined to their cores, one thread each: vLLM's bookkeeping is most of their work, and
-    a second thread would only take the trainer's core.
+    On the CPU the engines are confined to their cores, which they share evenly, so that the trainer keeps its own.
     """
     wanted = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     before = os.sched_getaffinity(0)
@@ -207,7 +204,7 @@ def _environment(cores: set[int] | None) -> Iterator[None]:
         wanted |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # allows the executor "uni" on the CPU
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": str(len(cores)),
+            "OMP_NUM_THREADS": str(max(1, len(cores) // engines)),
         }
         os.sched_setaffinity(0, cores)
     saved = {name: os.environ.get(name) for name in wanted}

@@ -77,6 +77,7 @@ class Run:
         self.synced.set()
         self.sync_ms = 0.0
         self.searched = 0
+        self.reward = 0.0  # mean over the responses that search found last
         self.found: list[Trajectory] = []  # by search since the last update
         self.evaluations: dict[int, dict[str, float]] = {}
 
@@ -85,12 +86,14 @@ class Run:
         problems = self.task.problems(split, self.config)
         encoded = self.tokenizer([problem.prompt for problem in problems]).input_ids
         room = self.longest - self.config.max_tokens
-        fit = [(p, np.array(t, dtype=np.int32)) for p, t in zip(problems, encoded, strict=True) if len(t) <= room]
+        fit = [(p, np.array(t, dtype=np.int32)) for p, t in zip(problems, encoded, strict=True) if 0 < len(t) <= room]
         if not fit:
             raise ValueError(
                 f"max_tokens is {self.config.max_tokens}: with it none of the {len(problems)} {split} prompts fits the "
                 f"model's {self.longest} tokens"
             )
+        if split == "train" and len(fit) < self.config.prompts_per_step:
+            raise ValueError(f"prompts_per_step is {self.config.prompts_per_step}: there are only {len(fit)} problems")
         if len(fit) < len(problems):
             say(f"{len(problems) - len(fit)} of {len(problems)} {split} prompts leave no room for a response: left out")
         return fit
@@ -129,13 +132,14 @@ class Run:
         tokens = max(len(prompt) for _, prompt in self.problems + self.test) + config.max_tokens
         gpu_memory = config.gpu_memory_utilization or (0.9 if alone else 0.4)
         self.searcher = searcher
-        _, self.trainer = await asyncio.gather(
-            searcher.start(self.model, tokens, config.seed, gpu_memory, self.search_cores, self.out / "engine.log"),
-            in_thread(
+        async with asyncio.TaskGroup() as group:
+            group.create_task(
+                searcher.start(self.model, tokens, config.seed, gpu_memory, self.search_cores, self.out / "engine.log")
+            )
+            self.trainer = await in_thread(
                 self.train_thread, Trainer, self.model, loss.OBJECTIVES[config.loss], self.train_device,
                 config.temperature, config.max_grad_norm, config.micro_batch_tokens, self.checkpoint,
-            ),
-        )  # fmt: skip
+            )  # fmt: skip
         self.trainer.staging = await share(self.trainer.policy, searcher)
         self.trainer.publish()
         await searcher.load_staging(self.step)
@@ -211,7 +215,7 @@ class Run:
         self.step += 1
         trained = figures.pop("tokens")
         found, self.found = self.found, []
-        self.reward = float(np.mean([t.reward for t in found])) if found else getattr(self, "reward", 0.0)
+        self.reward = float(np.mean([t.reward for t in found])) if found else self.reward
         row = {
             "step": self.step,
             "time": now,
@@ -269,7 +273,7 @@ class Run:
         tokens = np.concatenate([prompt, response.tokens])
         expected = await in_thread(self.train_thread, self.trainer.token_logprobs, tokens)
         limit = 1e-3 if self.trainer.staging.flat.dtype.itemsize == 4 else 0.1
-        for device, found in zip(self.search_devices, await self.searcher.prompt_logprobs(tokens), strict=True):
+        for device, found in await self.searcher.prompt_logprobs(tokens):
             if not (difference := float(np.abs(found - expected).mean())) < limit:
                 raise RuntimeError(
                     f"the engine on {device} and the trainer differ by {difference:.2g} nats a token on the same text "
@@ -282,7 +286,7 @@ class Run:
         """Figures on the test problems, through the same engines."""
         if not self.test:
             return
-        config, step = self.config, self.searcher.version
+        config, step = self.config, self.step
         gate = asyncio.Semaphore(max(1, self.searcher.slots // (config.eval_samples + 1)))
 
         async def answer(problem: tasks.Problem, prompt: np.ndarray) -> tuple[float, list[float], list[str]]:
@@ -323,6 +327,8 @@ def main() -> int:
     except ValueError as error:
         print(f"tba: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     code = 0
     try:
         asyncio.run(interruptible(run))
@@ -330,11 +336,12 @@ def main() -> int:
         code = 130 if isinstance(stop, KeyboardInterrupt) else 143
     except BaseException as error:
         traceback.print_exception(first_cause(error))
+        print(f"tba: what vLLM printed is in {run.out}/engine.log", file=sys.stderr)
         code = 1
     if run.evaluations:
         say(f"\n{table(run.evaluations)}\n")
     ended = "stopped at" if code else "done:"
-    say(f"{ended} step {run.step}; metrics, samples and the policy (model/) are in {run.out}")
+    say(f"{ended} step {run.step}; metrics, samples and the policy (model/) are in {run.out}/")
     return code
 
 

@@ -26,11 +26,12 @@ from tasks import Problem
 
 defaults = dict(
     model="embedded",
-    steps=600,
+    steps=1600,
     prompts_per_step=16,
     responses_per_prompt=16,
     search_responses=16,
-    lr=2e-4,
+    lr=1e-4,
+    lr_decay=1200,
     beta=0.02,
     temperature=1.0,
     max_tokens=10,

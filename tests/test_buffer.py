@@ -39,6 +39,15 @@ def test_duplicates_within_a_group_count_once():
     assert len(buffer) == 2
 
 
+def test_new_responses_come_as_often_as_the_policy_said_them():
+    buffer = Buffer()
+    buffer.add(group(0, response(tokens=[7]), response(tokens=[7]), response(tokens=[8])))
+    (new,) = buffer.sample(1, 3, on_policy_prob=1.0)
+    assert sorted(int(r.tokens[0]) for r in new.responses) == [7, 7, 8] and buffer.repeated == 0
+    (old,) = buffer.sample(1, 2, on_policy_prob=0.0)
+    assert sorted(int(r.tokens[0]) for r in old.responses) == [7, 8]
+
+
 def test_a_full_prompt_loses_its_oldest():
     buffer = Buffer(capacity=3)
     responses = [response(reward=10 - i) for i in range(5)]

@@ -15,8 +15,8 @@ from weights import share
 ARCHITECTURES = [("llama", False), ("llama", True), ("gpt_neox", False), ("gpt2", True)]
 
 
-def difference(found: list[np.ndarray], expected: np.ndarray) -> float:
-    return max(float(np.abs(each - expected).max()) for each in found)
+def difference(found: list[tuple[str, np.ndarray]], expected: np.ndarray) -> float:
+    return max(float(np.abs(each - expected).max()) for _, each in found)
 
 
 @pytest.mark.parametrize(("architecture", "tie"), ARCHITECTURES)
