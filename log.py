@@ -43,7 +43,10 @@ class Log:
     def start_clock(self) -> None:
         """Searching and training begin: time counts from here."""
         self.start = time.perf_counter()
-        self.bar = tqdm(total=self.steps, initial=self.initial, desc="training", unit="update", ncols=120)
+        self.bar = tqdm(
+            total=self.steps, initial=self.initial, desc="training", unit="update", ncols=120,
+            mininterval=0.1 if sys.stderr.isatty() else 10,
+        )  # fmt: skip
 
     def write(self, name: str, row: dict) -> None:
         """Append a row to a file; it is on disk if the program is killed."""

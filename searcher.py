@@ -7,9 +7,11 @@ random ones and takes the trainer's (weights.py), so that what it samples from i
 
 import asyncio
 import contextlib
+import ctypes
 import itertools
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -190,6 +192,12 @@ class Searcher:
             engine.in_flight -= n
             if not any(e.in_flight for e in self.engines):
                 self._busy, self._busy_since = self.busy_seconds, None
+
+
+def die_with_parent() -> None:
+    """Let Linux end this process when the one that started it ends, however that does."""
+    PR_SET_PDEATHSIG = 1  # sent when the thread that started this process ends
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextlib.contextmanager

@@ -34,6 +34,10 @@ import tasks
 from buffer import EVICTION, REPLAY, Buffer, Group, Trajectory
 from config import Config, parse
 from log import Log, say, table
+from searcher import Searcher, die_with_parent
+
+if __name__ == "__mp_main__":  # an engine's process, which imports this file when it starts
+    die_with_parent()
 
 # What imports torch or vLLM is imported where it is first needed, so that --help and bad input are answered at once.
 
@@ -119,9 +123,8 @@ class Run:
             self.end()
 
     async def start(self) -> None:
-        """Start the engines and load the policy beside that, hand them its weights, and see that both agree."""
+        """Load the policy, start the engines, hand them its weights, and see that both agree."""
         import loss
-        from searcher import Searcher
         from trainer import Trainer
         from weights import share
 
@@ -131,15 +134,13 @@ class Run:
         alone = self.train_device not in self.search_devices
         tokens = max(len(prompt) for _, prompt in self.problems + self.test) + config.max_tokens
         gpu_memory = config.gpu_memory_utilization or (0.9 if alone else 0.4)
+        # One after the other: on a GPU that they share, the engine counts what is in use when it starts.
+        self.trainer = await in_thread(
+            self.train_thread, Trainer, self.model, loss.OBJECTIVES[config.loss], self.train_device,
+            config.temperature, config.max_grad_norm, config.micro_batch_tokens, self.checkpoint,
+        )  # fmt: skip
         self.searcher = searcher
-        async with asyncio.TaskGroup() as group:
-            group.create_task(
-                searcher.start(self.model, tokens, config.seed, gpu_memory, self.search_cores, self.out / "engine.log")
-            )
-            self.trainer = await in_thread(
-                self.train_thread, Trainer, self.model, loss.OBJECTIVES[config.loss], self.train_device,
-                config.temperature, config.max_grad_norm, config.micro_batch_tokens, self.checkpoint,
-            )  # fmt: skip
+        await searcher.start(self.model, tokens, config.seed, gpu_memory, self.search_cores, self.out / "engine.log")
         self.trainer.staging = await share(self.trainer.policy, searcher)
         self.trainer.publish()
         await searcher.load_staging(self.step)

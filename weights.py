@@ -5,21 +5,17 @@ trainer's GPU, or as shared memory of the host on the CPU. A sync is then one co
 one call to each engine (`StagingReader.load_staging`), with no serialisation and no file.
 """
 
-import ctypes
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from multiprocessing.reduction import ForkingPickler
-from typing import TYPE_CHECKING
 
 import torch
 import torch.multiprocessing  # teaches ForkingPickler CUDA tensors
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from searcher import Searcher
+from searcher import Searcher, die_with_parent
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -40,15 +36,14 @@ class Staging:
         weights = dict(named_weights(model))
         size = sum(weight.numel() for weight in weights.values())
         self.handle: dict = {"dtype": str(dtype).removeprefix("torch."), "size": size}
-        self.path = None
         if share_cuda:
             self.flat = torch.empty(size, dtype=dtype, device=next(model.parameters()).device)
             self.handle["ipc"] = bytes(ForkingPickler.dumps(self.flat))
-        else:
-            file, self.path = tempfile.mkstemp(prefix="tba-", dir="/dev/shm")
-            os.close(file)
-            self.flat = torch.from_file(self.path, shared=True, size=size, dtype=dtype)
-            self.handle["path"] = self.path
+        else:  # memory without a name: it goes when the last process that has it open ends, however that ends
+            self.memory = os.memfd_create("tba-weights")
+            os.truncate(self.memory, size * dtype.itemsize)
+            self.handle["path"] = f"/proc/{os.getpid()}/fd/{self.memory}"
+            self.flat = torch.from_file(self.handle["path"], shared=True, size=size, dtype=dtype)
         self.handle["layout"] = [(name, list(weight.shape)) for name, weight in weights.items()]
         self.views = list(view(self.flat, self.handle["layout"]))
         self.stream = torch.cuda.Stream(self.flat.device) if share_cuda else None
@@ -76,13 +71,8 @@ class Staging:
         if self.stream is not None:
             self.stream.synchronize()
 
-    def unlink(self) -> None:
-        """Take the shared memory's name away."""
-        if self.path is not None:
-            os.unlink(self.path)
 
-
-async def share(model: nn.Module, searcher: "Searcher") -> Staging:
+async def share(model: nn.Module, searcher: Searcher) -> Staging:
     """A staging tensor that every engine of the searcher has opened: on the trainer's GPU where they can reach it."""
     on_gpu = all(device.startswith("cuda") for device in searcher.devices)
     dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -96,10 +86,7 @@ async def share(model: nn.Module, searcher: "Searcher") -> Staging:
                 f"weights go through host memory, for the engines cannot open the trainer's: {error}", file=sys.stderr
             )
     staging = Staging(model, dtype, share_cuda=False)
-    try:
-        await searcher.open_staging(staging.handle)
-    finally:
-        staging.unlink()  # who has it open keeps it; it goes when the last of them ends, however that does
+    await searcher.open_staging(staging.handle)
     return staging
 
 
@@ -118,6 +105,7 @@ class StagingReader:
     def open_staging(self, handle: dict) -> None:
         """Open the trainer's staging tensor."""
         die_with_parent()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the program's, which ends its engines in order
         if "ipc" in handle:
             self.staged = ForkingPickler.loads(handle["ipc"])
         else:
@@ -133,16 +121,10 @@ class StagingReader:
         model on CUDA, where plain `load_weights` is five times as fast, but spoils mixtures of experts.
         """
         weights = view(self.staged, self.layout)
-        model = self.model_runner.get_model()
-        if self.staged.is_cuda and not any("expert" in name for name, _ in self.layout):
-            model.load_weights(weights)
+        dense = not any("expert" in name for name, _ in self.layout)
+        if dense and self.device.type == "cuda":
+            self.model_runner.get_model().load_weights(weights)
         else:
             self.model_runner.reload_weights(weights_iterator=weights)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the trainer may write the staging tensor again
-
-
-def die_with_parent() -> None:
-    """Let Linux end this process when the one that started it ends, however that does."""
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

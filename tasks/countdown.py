@@ -187,7 +187,10 @@ def warm_up(folder: Path, seed: int) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 50, max(0.05, math.cos(step / steps * math.pi / 2)))
     )
-    for step in trange(steps, desc="warming up the embedded model (once)", file=sys.stdout, mininterval=1, ncols=100):
+    interval = 0.1 if sys.stdout.isatty() else 10
+    for step in trange(
+        steps, desc="warming up the embedded model, once", file=sys.stdout, mininterval=interval, ncols=100
+    ):
         wrong = WARM_UP["wrong"] if step >= steps * WARM_UP["wrong_from"] else 0.0
         tokens, labels = encode([demonstration(rng, wrong) for _ in range(WARM_UP["batch"])])
         model(input_ids=torch.tensor(tokens), labels=torch.tensor(labels)).loss.backward()

@@ -60,10 +60,13 @@ def test_engine_and_trainer_agree_after_a_sync(make_model, tokenizer, tmp_path, 
     asyncio.run(check())
 
 
-def test_two_engines_share_the_requests(make_model, tokenizer, tmp_path):
+def test_two_engines_share_the_requests_and_responses_end_where_they_should(make_model, tokenizer, tmp_path):
     folder = str(make_model("llama", False))
     trainer = Trainer(folder, tb, "cpu")
-    prompt = tokenizer("How many?").input_ids
+    prompt, end = tokenizer("How many?").input_ids, tokenizer.eos_token_id
+    with torch.no_grad():
+        trainer.policy.lm_head.weight.mul_(0.3)
+        trainer.policy.lm_head.weight[end] *= 3
 
     async def check() -> None:
         searcher = Searcher(["cpu", "cpu"], temperature=1.0, max_tokens=8)
@@ -81,34 +84,13 @@ def test_two_engines_share_the_requests(make_model, tokenizer, tmp_path):
             found = await searcher.prompt_logprobs(prompt)
             assert len(found) == 2 and difference(found, trainer.token_logprobs(np.array(prompt))) < 1e-4
             assert 0 < searcher.busy_seconds < 10
-        finally:
-            searcher.shutdown()
-
-    asyncio.run(check())
-
-
-def test_a_response_ends_with_the_end_of_sequence_or_at_the_limit(make_model, tokenizer, tmp_path):
-    folder = str(make_model("llama", False))
-    trainer = Trainer(folder, tb, "cpu")
-    end = tokenizer.eos_token_id
-
-    async def check() -> None:
-        searcher = Searcher(["cpu"], temperature=1.0, max_tokens=12)
-        try:
-            await searcher.start(folder, 64, 0, 0.5, cores()[1], tmp_path / "engine.log")
-            trainer.staging = await share(trainer.policy, searcher)
-            with torch.no_grad():
-                trainer.policy.lm_head.weight.mul_(0.3)
-                trainer.policy.lm_head.weight[end] *= 3
-            trainer.publish()
-            await searcher.load_staging(0)
-            responses, _ = await searcher.generate(tokenizer("How many?").input_ids, 200)
+            responses, _ = await searcher.generate(prompt, 200)
         finally:
             searcher.shutdown()
         assert {r.finished for r in responses} == {True, False}
         for response in responses:
             assert (response.tokens[-1] == end) == response.finished
             assert end not in response.tokens[:-1]
-            assert response.finished or len(response.tokens) == 12
+            assert response.finished or len(response.tokens) == 8
 
     asyncio.run(check())
