@@ -2,7 +2,7 @@
 # make test   set up, then run the tests
 
 PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
-GPU := $(shell nvidia-smi -L 2>/dev/null)
+GPU := $(shell nvidia-smi -L 2>/dev/null | grep '^GPU')
 REQUIREMENTS := $(if $(GPU),requirements.txt,requirements-cpu.txt)
 TORCH := $(shell grep -i '^torch==' requirements-cpu.txt)
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tasks
+from buffer import EVICTION, REPLAY
+from loss import OBJECTIVES
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Config:
     replay: str = "uniform"
     """How responses of a prompt that is not new are chosen: uniform, or by softmax of the reward."""
     loss: str = "tb"
-    """The objective: tb."""
+    """The objective, by its name in loss.py."""
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to it."""
     micro_batch_tokens: int = 16384
@@ -104,7 +106,8 @@ class Config:
         [0.5, 1.0, 1.0, 1.0, 0.8, 0.2]
         """
         up = (step + 1) / self.lr_warmup if self.lr_warmup else 1.0
-        down = (self.steps - step) / self.lr_decay if self.lr_decay else 1.0
+        decay = min(self.lr_decay, self.steps)  # a run cut short decays all along
+        down = (self.steps - step) / decay if decay else 1.0
         return self.lr * min(up, down, 1.0)
 
 
@@ -115,7 +118,7 @@ AT_LEAST = dict(
 )  # fmt: skip
 AT_MOST = dict(on_policy_prob=1, gpu_memory_utilization=1, seed=2**31 - 1)
 POSITIVE = ("lr", "beta", "temperature", "max_grad_norm")  # and finite
-ONE_OF = dict(evict=("oldest", "lowest_reward"), replay=("uniform", "reward"), loss=("tb",))
+ONE_OF = dict(evict=EVICTION, replay=REPLAY, loss=OBJECTIVES)
 
 
 def check(config: Config) -> None:
@@ -148,6 +151,8 @@ def check(config: Config) -> None:
                 refuse(name, "auto, cpu, or cuda with a number, as in cuda:1")
     if not config.model:
         refuse("model", "a Hugging Face folder or hub id")
+    if config.resume and config.out != config.resume:
+        refuse("out", f"left out with --resume, which goes on in {config.resume}")
     if not config.resume and config.out and Path(config.out).exists():
         metrics = Path(config.out) / "metrics.jsonl"
         never_began = metrics.is_file() and not metrics.stat().st_size
@@ -171,8 +176,11 @@ def parse(arguments: list[str]) -> Config:
         saved = Path(known.resume) / "config.json"
         if not saved.is_file():
             raise ValueError(f"resume is {known.resume!r}: it must be the folder of a run, and {saved} does not exist")
-        settings = json.loads(saved.read_text()) | {"out": known.resume, "resume": known.resume}
-        defaults = Config(**settings | {"search_devices": tuple(settings["search_devices"])})
+        try:
+            settings = json.loads(saved.read_text()) | {"out": known.resume, "resume": known.resume}
+            defaults = Config(**settings | {"search_devices": tuple(settings["search_devices"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"resume is {known.resume!r}: its config.json is not of this version ({error})") from None
     else:
         defaults = Config(**{"task": known.task} | tasks.load(known.task).defaults)
     complaint = io.StringIO()

@@ -11,10 +11,13 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
+
+from buffer import Group
 
 
 class Log:
@@ -59,10 +62,31 @@ class Log:
         yield
         self.write("timeline", {"what": what, "start": round(start, 4), "end": round(self.time, 4)})
 
-    def update(self, row: dict, sample: dict) -> None:
-        """Write an update's metrics and sample, and move the bar on."""
+    def update(self, done: int, figures: dict, groups: list[Group], prompt: str, texts: Callable) -> None:
+        """Write an update's metrics and a sample, the first of its groups, and move the bar on.
+
+        Args:
+            done: updates before this one, from which the ages of its responses are counted.
+            figures: of the update.
+            groups: that it was made with.
+            prompt: the first group's.
+            texts: gives the texts of responses.
+        """
+        responses = [response for group in groups for response in group.responses]
+        ages = [done - response.version for response in responses]
+        row = {"step": done + 1, "time": self.time} | figures
+        row |= {
+            "batch_reward": float(np.mean([response.reward for response in responses])),
+            "age_mean": float(np.mean(ages)),
+            "age_max": max(ages),
+        }
         self.write("metrics", {name: _rounded(value) for name, value in row.items()})
-        self.write("samples", sample)
+        first = groups[0].responses
+        sample = [
+            {"text": text, "reward": response.reward, "age": done - response.version}
+            for text, response in zip(texts(first), first, strict=True)
+        ]
+        self.write("samples", {"step": done + 1, "prompt": prompt, "responses": sample})
         self.bar.set_postfix_str(
             f"reward {row['reward']:.3f}, age {row['age_mean']:.1f}, "
             f"search {row['search_tokens_per_s']:,.0f}/s, train {row['train_tokens_per_s']:,.0f}/s",
@@ -101,7 +125,7 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _keep_lines(path: Path, wanted) -> None:
+def _keep_lines(path: Path, wanted: Callable[[dict], bool]) -> None:
     lines = [line for line in path.read_text().splitlines(keepends=True) if wanted(json.loads(line))]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(lines))

@@ -5,7 +5,12 @@ Shapes stand in the names: B prompts, K responses of each. Every objective takes
 under the reference, which do not; and returns a scalar. To add one: write the function and name it in `OBJECTIVES`.
 """
 
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def tb(logprobs_BK: Tensor, ref_logprobs_BK: Tensor, rewards_BK: Tensor, beta: float) -> Tensor:

@@ -34,6 +34,7 @@ import tasks
 from buffer import EVICTION, REPLAY, Buffer, Group, Trajectory
 from config import Config, parse
 from log import Log, say, table
+from loss import OBJECTIVES
 from searcher import Searcher, die_with_parent
 
 if __name__ == "__mp_main__":  # an engine's process, which imports this file when it starts
@@ -61,9 +62,13 @@ class Run:
         self.train_device, self.search_devices = devices(config.train_device, config.search_devices)
         embedded = config.model == "embedded" and hasattr(self.task, "prepare")
         self.model = self.task.prepare(config) if embedded else config.model
-        self.tokenizer, self.longest = load_tokenizer(self.model)
-        self.problems = self.load_problems("train")
-        self.test = self.load_problems("test")[: config.eval_prompts] if config.eval_prompts else []
+        self.tokenizer, longest = load_tokenizer(self.model)
+        room = longest - config.max_tokens
+        self.problems = tasks.encode(self.task.problems("train", config), self.tokenizer, room)
+        if len(self.problems) < config.prompts_per_step:
+            raise ValueError(f"prompts_per_step is {config.prompts_per_step}: there are {len(self.problems)} problems")
+        test = self.task.problems("test", config)[: config.eval_prompts] if config.eval_prompts else []
+        self.test = tasks.encode(test, self.tokenizer, room) if test else []
         self.out.mkdir(parents=True, exist_ok=True)
         checkpoint, self.step = newest_checkpoint(self.out) if config.resume else (None, 0)
         self.checkpoint, self.published = checkpoint, self.step
@@ -84,23 +89,6 @@ class Run:
         self.reward = 0.0  # mean over the responses that search found last
         self.found: list[Trajectory] = []  # by search since the last update
         self.evaluations: dict[int, dict[str, float]] = {}
-
-    def load_problems(self, split: str) -> list[tuple[tasks.Problem, np.ndarray]]:
-        """A split's problems and their prompts' tokens; those that leave no room for a response are left out."""
-        problems = self.task.problems(split, self.config)
-        encoded = self.tokenizer([problem.prompt for problem in problems]).input_ids
-        room = self.longest - self.config.max_tokens
-        fit = [(p, np.array(t, dtype=np.int32)) for p, t in zip(problems, encoded, strict=True) if 0 < len(t) <= room]
-        if not fit:
-            raise ValueError(
-                f"max_tokens is {self.config.max_tokens}: with it none of the {len(problems)} {split} prompts fits the "
-                f"model's {self.longest} tokens"
-            )
-        if split == "train" and len(fit) < self.config.prompts_per_step:
-            raise ValueError(f"prompts_per_step is {self.config.prompts_per_step}: there are only {len(fit)} problems")
-        if len(fit) < len(problems):
-            say(f"{len(problems) - len(fit)} of {len(problems)} {split} prompts leave no room for a response: left out")
-        return fit
 
     async def main(self) -> None:
         """The run from start to end."""
@@ -124,9 +112,8 @@ class Run:
 
     async def start(self) -> None:
         """Load the policy, start the engines, hand them its weights, and see that both agree."""
-        import loss
         from trainer import Trainer
-        from weights import share
+        from weights import check_agreement, share
 
         config, began = self.config, time.perf_counter()
         say(f"training on {self.train_device}, searching on {', '.join(self.search_devices)}; starting vLLM ...")
@@ -136,7 +123,7 @@ class Run:
         gpu_memory = config.gpu_memory_utilization or (0.9 if alone else 0.4)
         # One after the other: on a GPU that they share, the engine counts what is in use when it starts.
         self.trainer = await in_thread(
-            self.train_thread, Trainer, self.model, loss.OBJECTIVES[config.loss], self.train_device,
+            self.train_thread, Trainer, self.model, OBJECTIVES[config.loss], self.train_device,
             config.temperature, config.max_grad_norm, config.micro_batch_tokens, self.checkpoint,
         )  # fmt: skip
         self.searcher = searcher
@@ -144,7 +131,8 @@ class Run:
         self.trainer.staging = await share(self.trainer.policy, searcher)
         self.trainer.publish()
         await searcher.load_staging(self.step)
-        await self.check_agreement()
+        prompt = self.problems[0][1]
+        await check_agreement(self.trainer, searcher, prompt)
         say(f"ready after {time.perf_counter() - began:.0f} s")
 
     # ---- search ----
@@ -212,34 +200,20 @@ class Run:
     def record(self, groups: list[Group], figures: dict, worked: float, since: float, busy: float) -> tuple:
         """Count an update and write its metrics: rates and shares are of the time since the last update's end."""
         now, busy_now = self.log.time, self.searcher.busy_seconds
-        ages = [self.step - response.version for group in groups for response in group.responses]
-        self.step += 1
-        trained = figures.pop("tokens")
-        found, self.found = self.found, []
+        passed, found, self.found = now - since, self.found, []
         self.reward = float(np.mean([t.reward for t in found])) if found else self.reward
-        row = {
-            "step": self.step,
-            "time": now,
-            "loss": figures["loss"],
-            "reward": self.reward,
-            "batch_reward": float(np.mean([r.reward for group in groups for r in group.responses])),
-            **{name: figures[name] for name in ("kl", "entropy", "grad_norm", "lr", "beta")},
-            "age_mean": float(np.mean(ages)),
-            "age_max": max(ages),
+        trained = figures.pop("tokens")
+        rates = {
             "buffer_size": len(self.buffer),
-            "search_tokens_per_s": sum(len(t.tokens) for t in found) / (now - since),
-            "train_tokens_per_s": trained / (now - since),
-            "search_idle": max(0.0, 1 - (busy_now - busy) / (now - since)),
-            "train_idle": max(0.0, 1 - worked / (now - since)),
+            "search_tokens_per_s": sum(len(t.tokens) for t in found) / passed,
+            "train_tokens_per_s": trained / passed,
+            "search_idle": max(0.0, 1 - (busy_now - busy) / passed),
+            "train_idle": max(0.0, 1 - worked / passed),
             "sync_ms": self.sync_ms,
         }
-        first = groups[0]
-        responses = [
-            {"text": text, "reward": r.reward, "age": self.step - 1 - r.version}
-            for text, r in zip(self.texts(first.responses), first.responses, strict=True)
-        ]
-        prompt = self.problems[first.prompt_id][0].prompt
-        self.log.update(row, {"step": self.step, "prompt": prompt, "responses": responses})
+        prompt = self.problems[groups[0].prompt_id][0].prompt
+        self.log.update(self.step, {"reward": self.reward} | figures | rates, groups, prompt, self.texts)
+        self.step += 1
         return now, busy_now
 
     def save(self) -> None:
@@ -262,24 +236,6 @@ class Run:
             self.sync_ms = 1000 * (self.log.time - began)
             self.buffer.start_window()
             self.synced.set()
-
-    async def check_agreement(self) -> None:
-        """See that engines and trainer give the same tokens the same log-probabilities.
-
-        Raises:
-            RuntimeError: they do not, so that what is sampled is not what is trained.
-        """
-        _, prompt = self.problems[0]
-        (response, *_), _ = await self.searcher.generate(prompt, 1)
-        tokens = np.concatenate([prompt, response.tokens])
-        expected = await in_thread(self.train_thread, self.trainer.token_logprobs, tokens)
-        limit = 1e-3 if self.trainer.staging.flat.dtype.itemsize == 4 else 0.1
-        for device, found in await self.searcher.prompt_logprobs(tokens):
-            if not (difference := float(np.abs(found - expected).mean())) < limit:
-                raise RuntimeError(
-                    f"the engine on {device} and the trainer differ by {difference:.2g} nats a token on the same text "
-                    f"(limit {limit}): this vLLM does not take over the weights of {self.model}"
-                )
 
     # ---- evaluate ----
 

@@ -5,17 +5,25 @@ trainer's GPU, or as shared memory of the host on the CPU. A sync is then one co
 one call to each engine (`StagingReader.load_staging`), with no serialisation and no file.
 """
 
+from __future__ import annotations
+
+import asyncio
 import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator
 from multiprocessing.reduction import ForkingPickler
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.multiprocessing  # teaches ForkingPickler CUDA tensors
 from torch import Tensor, nn
 
 from searcher import Searcher, die_with_parent
+
+if TYPE_CHECKING:
+    from trainer import Trainer
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -88,6 +96,24 @@ async def share(model: nn.Module, searcher: Searcher) -> Staging:
     staging = Staging(model, dtype, share_cuda=False)
     await searcher.open_staging(staging.handle)
     return staging
+
+
+async def check_agreement(trainer: Trainer, searcher: Searcher, prompt: np.ndarray) -> None:
+    """See that engines and trainer give the same tokens the same log-probabilities.
+
+    Raises:
+        RuntimeError: they do not, so that what is sampled would not be what is trained.
+    """
+    (response, *_), _ = await searcher.generate(prompt, 1)
+    tokens = np.concatenate([prompt, response.tokens])
+    expected = await asyncio.to_thread(trainer.token_logprobs, tokens)
+    limit = 1e-3 if trainer.staging.flat.dtype == torch.float32 else 0.1
+    for device, found in await searcher.prompt_logprobs(tokens):
+        if not (difference := float(np.abs(found - expected).mean())) < limit:
+            raise RuntimeError(
+                f"the engine on {device} and the trainer differ by {difference:.2g} nats a token, above "
+                f"{limit}: this vLLM does not take over the weights of a {trainer.policy.config.model_type} model"
+            )
 
 
 def view(flat: Tensor, layout: Iterable[tuple[str, list[int]]]) -> Iterator[tuple[str, Tensor]]:

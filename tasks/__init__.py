@@ -10,6 +10,7 @@
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -39,6 +40,23 @@ def load(name: str) -> ModuleType:
     if name not in names():
         raise ValueError(f"task is {name!r}: it must be one of {', '.join(names())}")
     return importlib.import_module(f"tasks.{name}")
+
+
+def encode(problems: Sequence[Problem], tokenizer, room: int) -> list[tuple[Problem, np.ndarray]]:
+    """Problems with their prompts' tokens, int32 [P]; those whose prompt is longer than `room` tokens are left out.
+
+    Raises:
+        ValueError: that leaves none.
+    """
+    encoded = tokenizer([problem.prompt for problem in problems]).input_ids
+    fit = [(p, np.array(t, dtype=np.int32)) for p, t in zip(problems, encoded, strict=True) if 0 < len(t) <= room]
+    if not fit:
+        raise ValueError(
+            f"max_tokens leaves {room} of the model's tokens to a prompt: none of {len(problems)} problems fits"
+        )
+    if len(fit) < len(problems):
+        print(f"{len(problems) - len(fit)} of {len(problems)} prompts are longer than {room} tokens: left out")
+    return fit
 
 
 def accuracy(greedy_N: list[float], rewards_NK: list[list[float]], texts_NK: list[list[str]]) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """Bad input gets one line that names the field, its value and what is allowed, before anything is loaded."""
 
+import dataclasses
+import json
 import subprocess
 import sys
 
@@ -56,6 +58,18 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
         parse(["--out", str(tmp_path)])
 
 
+def test_resume_takes_the_runs_settings(tmp_path):
+    settings = dataclasses.asdict(parse(["--steps", "7", "--search-devices", "cpu"]))
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    resumed = parse(["--resume", str(tmp_path), "--steps", "9"])
+    assert (resumed.steps, resumed.search_devices, resumed.out) == (9, ("cpu",), str(tmp_path))
+    with pytest.raises(ValueError, match="out is 'elsewhere'"):
+        parse(["--resume", str(tmp_path), "--out", "elsewhere"])
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"unknown": 1}))
+    with pytest.raises(ValueError, match="not of this version"):
+        parse(["--resume", str(tmp_path)])
+
+
 def test_a_flag_beats_the_task_which_beats_the_field():
     assert parse([]).prompts_per_step == 16
     assert parse(["--task", "gsm8k"]).responses_per_prompt == 20
@@ -86,3 +100,8 @@ def test_help_shows_every_field_with_the_tasks_default():
     )
     for text in ("--on-policy-prob", "probability that a prompt of a batch", "realtreetune/rho-1b-sft-GSM8K"):
         assert text in done.stdout
+
+
+def test_a_run_cut_short_still_reaches_its_learning_rate():
+    config = parse(["--steps", "100"])  # the task's decay is longer than that
+    assert config.lr_at(0) == config.lr and 0 < config.lr_at(99) < 0.02 * config.lr

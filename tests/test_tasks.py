@@ -124,3 +124,12 @@ def test_countdown_model_is_made_once_and_kept(tmp_path, monkeypatch, capfd):
 def test_accuracy():
     figures = tasks.accuracy([1.0, 0.0], [[1.0, 1.0], [0.0, 0.0]], [["1+2", "2+1"], ["a", "b"]])
     assert figures == {"greedy": 0.5, "pass@1": 0.5, "pass@k": 0.5, "distinct": 1.0}
+
+
+def test_prompts_that_leave_no_room_are_left_out_and_reported(tokenizer, capsys):
+    problems = [tasks.Problem("short", 1), tasks.Problem("long " * 50, 2), tasks.Problem("", 3)]
+    ((kept, tokens),) = tasks.encode(problems, tokenizer, 20)
+    assert kept is problems[0] and tokens.tolist() == tokenizer("short").input_ids
+    assert "2 of 3 prompts" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="max_tokens leaves 1 of"):
+        tasks.encode(problems, tokenizer, 1)

