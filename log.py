@@ -26,14 +26,16 @@ class Log:
     Args:
         out: the run's folder.
         steps: updates in all.
-        step: updates done before, whose metrics stay; later ones are dropped, for they will be made again.
+        step: updates done before, whose rows stay; later ones are dropped, for they will be made again.
     """
 
     def __init__(self, out: Path, steps: int, step: int = 0):
         self.out, self.steps = out, steps
         self.bar: tqdm | None = None
+        self.before = 0.0  # seconds that a resumed run took until then
         if step:
-            _keep_lines(out / "metrics.jsonl", lambda row: row["step"] <= step)
+            self.before = max(row["time"] for row in _keep_rows(out / "metrics.jsonl", step))
+            _keep_rows(out / "samples.jsonl", step)
         self.files = {name: (out / f"{name}.jsonl").open("a") for name in ("metrics", "timeline", "samples")}
         self.initial = step
         self.start = time.perf_counter()
@@ -41,7 +43,7 @@ class Log:
     @property
     def time(self) -> float:
         """Seconds since searching and training began."""
-        return time.perf_counter() - self.start
+        return self.before + time.perf_counter() - self.start
 
     def start_clock(self) -> None:
         """Searching and training begin: time counts from here."""
@@ -97,7 +99,7 @@ class Log:
     def evaluation(self, step: int, figures: dict[str, float]) -> None:
         """Write an evaluation's figures."""
         row = {f"eval/{name}": _rounded(value) for name, value in figures.items()}
-        self.write("metrics", {"step": step, "time": _rounded(self.time if self.bar else 0.0)} | row)
+        self.write("metrics", {"step": step, "time": _rounded(self.time if self.bar else self.before)} | row)
 
     def close(self) -> None:
         """End the bar and close the files."""
@@ -125,8 +127,10 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _keep_lines(path: Path, wanted: Callable[[dict], bool]) -> None:
-    lines = [line for line in path.read_text().splitlines(keepends=True) if wanted(json.loads(line))]
+def _keep_rows(path: Path, step: int) -> list[dict]:
+    """Drop what was written after a step; returns what stays."""
+    rows = [row for row in map(json.loads, path.read_text().splitlines()) if row["step"] <= step]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(lines))
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
     temporary.replace(path)
+    return rows

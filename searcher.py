@@ -79,11 +79,6 @@ class Searcher:
         return sum(MAX_IN_FLIGHT[device.split(":")[0]] for device in self.devices)
 
     @property
-    def version(self) -> int:
-        """The trainer's step whose weights every engine has by now."""
-        return min(engine.version for engine in self.engines)
-
-    @property
     def busy_seconds(self) -> float:
         """Time so far in which anything was in flight."""
         return self._busy + (time.perf_counter() - self._busy_since if self._busy_since else 0.0)

@@ -172,8 +172,10 @@ def test_resume_goes_on_after_the_newest_checkpoint(short_run, nothing_left):
     arguments = command("--resume", out, "--steps", 64, "--eval-prompts", 0)
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
-    updates = [row["step"] for row in read(out / "metrics.jsonl") if "loss" in row]
-    assert updates == list(range(1, 65))
+    updates = [row for row in read(out / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in updates] == list(range(1, 65))
+    assert all(a["time"] < b["time"] for a, b in itertools.pairwise(updates))
+    assert [row["step"] for row in read(out / "samples.jsonl")] == list(range(1, 65))
 
 
 @pytest.mark.parametrize("signalled", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
