@@ -116,10 +116,11 @@ def say(text: str) -> None:
 
 
 def table(evaluations: dict[int, dict[str, float]]) -> str:
-    """Evaluations by step, side by side: a line a figure."""
-    lines = [f"{'':14}" + "".join(f"{f'step {step}':>14}" for step in evaluations)]
-    for name in next(iter(evaluations.values())):
-        lines.append(f"{name:14}" + "".join(f"{figures[name]:14.3f}" for figures in evaluations.values()))
+    """The first and the last of the evaluations, given by step, side by side."""
+    shown = {step: evaluations[step] for step in sorted({min(evaluations), max(evaluations)})}
+    lines = [f"{'held out':14}" + "".join(f"{f'step {step}':>14}" for step in shown)]
+    for name in evaluations[min(evaluations)]:
+        lines.append(f"{name:14}" + "".join(f"{figures[name]:14.3f}" for figures in shown.values()))
     return "\n".join(lines)
 
 

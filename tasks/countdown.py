@@ -26,19 +26,19 @@ from tasks import Problem
 
 defaults = dict(
     model="embedded",
-    steps=1600,
+    steps=2400,
     prompts_per_step=16,
     responses_per_prompt=16,
     search_responses=16,
     lr=1e-4,
-    lr_decay=1200,
-    beta=0.02,
+    lr_decay=10_000,  # all along, in any shorter run
+    beta=0.05,
     temperature=1.0,
     max_tokens=10,
     sync_every=2,
     on_policy_prob=0.95,
     prime=512,
-    eval_every=400,
+    eval_every=600,
     eval_prompts=400,
     eval_samples=8,
     save_every=0,
