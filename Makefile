@@ -25,7 +25,7 @@ clean:
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "Python 3.11 is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
-	@$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 # The CPU build of torch comes first and alone: PyTorch's own index has it where the usual one does not. The rest is a
 # full list without --no-deps' help, because vLLM's CPU build names torchvision and its kin in builds that break here.

@@ -78,7 +78,9 @@ class Buffer:
         seed: of the sampling.
     """
 
-    def __init__(self, capacity: int = 100, evict: Callable = oldest, replay: Callable = uniform, seed: int = 0):
+    def __init__(
+        self, capacity: int = 100, evict: Callable = oldest, replay: Callable = uniform, seed: int | list[int] = 0
+    ):
         self.capacity, self.evict, self.replay = capacity, evict, replay
         self.rng = np.random.default_rng(seed)
         self.prompts: dict[int, _Prompt] = {}

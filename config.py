@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,8 +133,8 @@ def check(config: Config) -> None:
         raise ValueError(f"{name} is {getattr(config, name)!r}: it must be {allowed}")
 
     for name, low in AT_LEAST.items():
-        if not low <= getattr(config, name) <= AT_MOST.get(name, float("inf")):
-            refuse(name, f"at least {low}" + (f" and at most {AT_MOST[name]}" if name in AT_MOST else ""))
+        if not low <= getattr(config, name) <= AT_MOST.get(name, sys.float_info.max):
+            refuse(name, f"at least {low}" + (f" and at most {AT_MOST[name]}" if name in AT_MOST else " and finite"))
     for name in POSITIVE:
         if not 0 < getattr(config, name) < float("inf"):
             refuse(name, "a finite number above 0")
@@ -147,8 +148,10 @@ def check(config: Config) -> None:
     for name in ("train_device", "search_devices"):
         for device in [config.train_device] if name == "train_device" else config.search_devices or [""]:
             kind, _, index = device.partition(":")
-            if not (device in ("auto", "cpu") or (kind == "cuda" and (index.isdecimal() or device == "cuda"))):
+            if not (device in ("auto", "cpu") or (kind == "cuda" and index.isdecimal())):
                 refuse(name, "auto, cpu, or cuda with a number, as in cuda:1")
+    if len(set(config.search_devices)) < len(config.search_devices) and "cpu" not in config.search_devices:
+        refuse("search_devices", "devices that differ")
     if not config.model:
         refuse("model", "a Hugging Face folder or hub id")
     if config.resume and config.out != config.resume:
@@ -168,10 +171,13 @@ def parse(arguments: list[str]) -> Config:
     """
     import tyro
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--task", default=Config.task)
     first.add_argument("--resume", default="")
-    known, _ = first.parse_known_args(arguments)
+    try:
+        known, _ = first.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
     if known.resume:
         saved = Path(known.resume) / "config.json"
         if not saved.is_file():

@@ -34,8 +34,9 @@ class Log:
         self.bar: tqdm | None = None
         self.before = 0.0  # seconds that a resumed run took until then
         if step:
-            self.before = max(row["time"] for row in _keep_rows(out / "metrics.jsonl", step))
-            _keep_rows(out / "samples.jsonl", step)
+            self.before = max(row["time"] for row in _keep_rows(out / "metrics.jsonl", "step", step))
+            _keep_rows(out / "samples.jsonl", "step", step)
+            _keep_rows(out / "timeline.jsonl", "end", self.before)
         self.files = {name: (out / f"{name}.jsonl").open("a") for name in ("metrics", "timeline", "samples")}
         self.initial = step
         self.start = time.perf_counter()
@@ -62,7 +63,8 @@ class Log:
         """Note when a piece of work began and ended."""
         start = self.time
         yield
-        self.write("timeline", {"what": what, "start": round(start, 4), "end": round(self.time, 4)})
+        if self.bar:  # the clock runs
+            self.write("timeline", {"what": what, "start": round(start, 4), "end": round(self.time, 4)})
 
     def update(self, done: int, figures: dict, groups: list[Group], prompt: str, texts: Callable) -> None:
         """Write an update's metrics and a sample, the first of its groups, and move the bar on.
@@ -128,9 +130,9 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _keep_rows(path: Path, step: int) -> list[dict]:
-    """Drop what was written after a step; returns what stays."""
-    rows = [row for row in map(json.loads, path.read_text().splitlines()) if row["step"] <= step]
+def _keep_rows(path: Path, name: str, last: float) -> list[dict]:
+    """Drop the rows in which a figure is above `last`; returns those that stay."""
+    rows = [row for row in map(json.loads, path.read_text().splitlines()) if row[name] <= last]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
     temporary.replace(path)

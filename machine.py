@@ -33,4 +33,6 @@ def devices(train: str, search: Sequence[str]) -> tuple[str, list[str]]:
     for name, device in [("train_device", train), *(("search_devices", device) for device in search)]:
         if device != "cpu" and device not in gpus:
             raise ValueError(f"{name} is {device!r}: this machine has {', '.join(['cpu', *gpus])}")
+    if gpus and "cpu" in search:
+        raise ValueError("search_devices is 'cpu': with GPUs vLLM is installed for them and searches nowhere else")
     return train, list(search)

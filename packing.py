@@ -2,8 +2,8 @@
 
 The K responses of a group share their prompt's tokens: a group is one sequence `[prompt | r1 | r2 | ... | rK]` in which
 a response token attends to its prompt and to its own past, and in which positions go on from the prompt in every
-response. Same log-probabilities as K padded rows, for a fraction of the tokens. On CUDA all groups stand in one row
-under a flex-attention `BlockMask`, on the CPU each has a row of its own under a boolean mask.
+response. Same log-probabilities as K padded rows, for a fraction of the tokens. Under flex attention (on CUDA) all
+groups stand in one row with a `BlockMask`; else each has a row of its own with a boolean mask.
 
     tokens     p p p a a b b b      (prompt of 3, responses of 2 and 3)
     segment    0 0 0 1 1 2 2 2
@@ -35,15 +35,14 @@ class Packed:
     read: int  # tokens without the padding
 
 
-def pack(groups: list[Group], device: torch.device, layout: Callable | None = None) -> Packed:
+def pack(groups: list[Group], device: torch.device, flex: bool = False) -> Packed:
     """Pack groups, each of any number of responses; one that a group holds several times is computed once.
 
     Args:
         groups: what to pack.
         device: where the rows are to be.
-        layout: `one_row` or `row_each`; default the one for the device.
+        flex: for flex attention, in one row under a block mask; else in a row each under a boolean mask.
     """
-    on_cuda = device.type == "cuda"
     rows, sources, targets, owners, responses, counts = [], [], [], [], [], []
     for group in groups:
         unique = list({id(response): response for response in group.responses}.values())
@@ -63,7 +62,7 @@ def pack(groups: list[Group], device: torch.device, layout: Callable | None = No
         responses += unique
         counts.append(len(unique))
         rows.append(row)
-    packed, group_id, starts = (layout or (one_row if on_cuda else row_each))(rows)
+    packed, group_id, starts = (one_row if flex else row_each)(rows)
     offset = np.repeat(np.repeat(starts, counts), [len(target) for target in targets])
     tokens, segments, positions, group_id, source, target, owner = (
         torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
@@ -76,7 +75,7 @@ def pack(groups: list[Group], device: torch.device, layout: Callable | None = No
         )
     )
     rule = allowed(segments, group_id)
-    mask = (create_block_mask if on_cuda else create_mask)(rule, len(tokens), None, *[tokens.shape[1]] * 2, device)
+    mask = (create_block_mask if flex else create_mask)(rule, len(tokens), None, *[tokens.shape[1]] * 2, device)
     read = sum(row.shape[1] for row in rows)
     return Packed(tokens, positions, mask, source, target, owner, responses, read)
 

@@ -14,13 +14,15 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 MAX_IN_FLIGHT = {"cuda": 512, "cpu": 256}  # sequences of an engine: on CUDA the captured graphs end there
+
+RPC_SECONDS = 300  # an engine that dies during a call never answers it
 
 
 @dataclass(slots=True)
@@ -50,28 +52,31 @@ class Searcher:
     max_tokens: int
     engines: list[Engine] = field(default_factory=list)
     requests: Iterator[int] = field(default_factory=itertools.count)
+    _starts: list[Future] = field(default_factory=list)  # of the engines
+    _ending: bool = False
     _busy: float = 0.0  # seconds, to the moment when last nothing was in flight
     _busy_since: float | None = None
 
-    async def start(self, model: str, max_model_len: int, seed: int, memory: float, cores: set[int], log: Path) -> None:
+    async def start(
+        self, model: str, max_model_len: int, seed: int, memory: dict[str, float], cores: set[int], log: Path
+    ) -> None:
         """Start an engine on each device, side by side; what they print goes to the file `log`.
 
         Args:
             model: a Hugging Face folder or hub id, for its architecture and tokenizer.
             max_model_len: longest sequence, prompt and response, in tokens.
             seed: of the sampling.
-            memory: share of a GPU's memory that an engine takes.
+            memory: by device, the share of a GPU's memory that its engine takes.
             cores: the CPU cores of engines on the CPU.
             log: a file.
         """
         self._threads = ThreadPoolExecutor(len(self.devices))  # kept: an engine ends with the thread that started it
-        loop = asyncio.get_running_loop()
         with _environment(cores if "cpu" in self.devices else None, len(self.devices)), _output_to(log):
-            starts = [
-                loop.run_in_executor(self._threads, self._start_engine, device, model, max_model_len, seed + i, memory)
+            self._starts = [
+                self._threads.submit(self._start_engine, device, model, max_model_len, seed + i, memory.get(device))
                 for i, device in enumerate(self.devices)
             ]
-            await asyncio.gather(*starts)
+            await asyncio.gather(*map(asyncio.wrap_future, self._starts))
 
     @property
     def slots(self) -> int:
@@ -122,27 +127,30 @@ class Searcher:
 
     async def open_staging(self, handle: dict) -> None:
         """Let every engine open the trainer's staging tensor."""
-        await asyncio.gather(*(e.llm.collective_rpc("open_staging", args=(handle,)) for e in self.engines))
+        calls = (engine.llm.collective_rpc("open_staging", args=(handle,)) for engine in self.engines)
+        await asyncio.wait_for(asyncio.gather(*calls), RPC_SECONDS)
 
     async def load_staging(self, version: int) -> None:
         """Let every engine take the staged weights, between two of its steps; what is in flight goes on with them."""
 
         async def load(engine: Engine) -> None:
-            await engine.llm.collective_rpc("load_staging")
-            engine.version = version
+            engine.version = version  # what is sent after the call is begun after it
+            await asyncio.wait_for(engine.llm.collective_rpc("load_staging"), RPC_SECONDS)
 
         await asyncio.gather(*map(load, self.engines))
 
     def shutdown(self) -> None:
         """End the engines and their processes, at once."""
+        self._ending = True
+        while wait(self._starts, timeout=0.1).not_done:
+            for starting in multiprocessing.active_children():
+                starting.kill()
         for engine in self.engines:
             engine.llm.shutdown(timeout=0)
             engine.llm = None  # or it is shut down once more when the interpreter has gone
-        for starting in multiprocessing.active_children():
-            starting.kill()
         self._threads.shutdown()
 
-    def _start_engine(self, device: str, model: str, max_model_len: int, seed: int, memory: float) -> None:
+    def _start_engine(self, device: str, model: str, max_model_len: int, seed: int, memory: float | None) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -170,6 +178,8 @@ class Searcher:
             disable_log_stats=True,
             **settings,
         )
+        if self._ending:
+            return
         self.engines.append(Engine(device, AsyncLLM.from_engine_args(args)))
 
     async def _request(self, engine: Engine, prompt: dict, params):

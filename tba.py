@@ -69,13 +69,18 @@ class Run:
             raise ValueError(f"prompts_per_step is {config.prompts_per_step}: there are {len(self.problems)} problems")
         test = self.task.problems("test", config)[: config.eval_prompts] if config.eval_prompts else []
         self.test = tasks.encode(test, self.tokenizer, room) if test else []
-        self.out.mkdir(parents=True, exist_ok=True)
         checkpoint, self.step = newest_checkpoint(self.out) if config.resume else (None, 0)
+        if self.step >= config.steps:
+            raise ValueError(f"steps is {config.steps}: it must be above {self.step}, the newest checkpoint's")
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"out is {str(self.out)!r}: it must be a folder that can be written ({error})") from None
         self.checkpoint, self.published = checkpoint, self.step
         self.log = Log(self.out, config.steps, self.step)
         (self.out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
-        self.buffer = Buffer(config.capacity, EVICTION[config.evict], REPLAY[config.replay], config.seed)
+        self.buffer = Buffer(config.capacity, EVICTION[config.evict], REPLAY[config.replay], [config.seed, self.step])
         # Torch works in a thread of its own, so that the event loop stays free.
         train_cores, self.search_cores = cores()
         self.train_thread = ThreadPoolExecutor(1, "train", pin, (train_cores,))
@@ -97,7 +102,7 @@ class Run:
             await self.evaluate()
             self.log.start_clock()
             async with asyncio.TaskGroup() as group:
-                self.group = group
+                self.group, self.evaluation = group, group.create_task(asyncio.sleep(0))
                 background = [group.create_task(self.search()), group.create_task(self.sync())]
                 await self.train()
                 await self.synced.wait()
@@ -105,7 +110,8 @@ class Run:
                     task.cancel()
             if self.published < self.step:
                 await in_thread(self.train_thread, self.trainer.publish)
-                await self.searcher.load_staging(self.step)
+                self.published = self.step
+                await self.load_published()
             await self.evaluate()
         finally:
             self.end()
@@ -118,19 +124,21 @@ class Run:
         config, began = self.config, time.perf_counter()
         say(f"training on {self.train_device}, searching on {', '.join(self.search_devices)}; starting vLLM ...")
         searcher = Searcher(self.search_devices, config.temperature, config.max_tokens)
-        alone = self.train_device not in self.search_devices
         tokens = max(len(prompt) for _, prompt in self.problems + self.test) + config.max_tokens
-        gpu_memory = config.gpu_memory_utilization or (0.9 if alone else 0.4)
         # One after the other: on a GPU that they share, the engine counts what is in use when it starts.
         self.trainer = await in_thread(
             self.train_thread, Trainer, self.model, OBJECTIVES[config.loss], self.train_device,
             config.temperature, config.max_grad_norm, config.micro_batch_tokens, self.checkpoint,
         )  # fmt: skip
         self.searcher = searcher
-        await searcher.start(self.model, tokens, config.seed, gpu_memory, self.search_cores, self.out / "engine.log")
+        memory = {device: 0.4 if device == self.train_device else 0.9 for device in self.search_devices}
+        if config.gpu_memory_utilization:
+            memory = dict.fromkeys(memory, config.gpu_memory_utilization)
+        log = self.out / "engine.log"
+        await searcher.start(self.model, tokens, config.seed + self.step, memory, self.search_cores, log)
         self.trainer.staging = await share(self.trainer.policy, searcher)
-        self.trainer.publish()
-        await searcher.load_staging(self.step)
+        await in_thread(self.train_thread, self.trainer.publish)
+        await self.load_published()
         prompt = self.problems[0][1]
         await check_agreement(self.trainer, searcher, prompt)
         say(f"ready after {time.perf_counter() - began:.0f} s")
@@ -164,7 +172,7 @@ class Run:
 
     def shuffled_prompts(self) -> Iterator[int]:
         """Ids of the training prompts without end, in a new order each time round."""
-        rng, order = random.Random(self.config.seed), list(range(len(self.problems)))
+        rng, order = random.Random(f"{self.config.seed} {self.step}"), list(range(len(self.problems)))
         while True:
             rng.shuffle(order)
             yield from order
@@ -179,7 +187,7 @@ class Run:
         """Update the policy, one update after another; only the first waits, for the buffer to be primed."""
         config = self.config
         await self.primed.wait()
-        recorded = self.log.time, self.searcher.busy_seconds
+        recorded, self.found = (self.log.time, self.searcher.busy_seconds), []
         while self.step < config.steps:
             groups = self.buffer.sample(config.prompts_per_step, config.responses_per_prompt, config.on_policy_prob)
             beta, lr = config.beta_at(self.step), config.lr_at(self.step)
@@ -192,8 +200,9 @@ class Run:
                 await in_thread(self.train_thread, self.trainer.publish)
                 self.published = self.step
                 self.published_new.set()
-            if config.eval_every and self.step % config.eval_every == 0 and self.step < config.steps:
-                self.group.create_task(self.evaluate())
+            due = config.eval_every and self.step % config.eval_every == 0 and self.step < config.steps
+            if due and self.evaluation.done():  # one at a time: else this one is left out
+                self.evaluation = self.group.create_task(self.evaluate())
             if config.save_every and self.step % config.save_every == 0:
                 await in_thread(self.train_thread, self.save)
 
@@ -205,6 +214,7 @@ class Run:
         trained = figures.pop("tokens")
         rates = {
             "buffer_size": len(self.buffer),
+            "repeated": self.buffer.repeated,
             "search_tokens_per_s": sum(len(t.tokens) for t in found) / passed,
             "train_tokens_per_s": trained / passed,
             "search_idle": max(0.0, 1 - (busy_now - busy) / passed),
@@ -220,7 +230,7 @@ class Run:
         """Write a checkpoint of this step, unless there is one."""
         folder = self.out / "checkpoints" / f"step-{self.step}"
         if not folder.exists():
-            self.trainer.save(folder, self.tokenizer, self.step)
+            self.trainer.save(folder, self.tokenizer)
 
     # ---- sync ----
 
@@ -231,11 +241,15 @@ class Run:
             self.published_new.clear()
             began = self.log.time
             with self.log.span("sync"):
-                await asyncio.to_thread(self.trainer.staging.wait)
-                await self.searcher.load_staging(self.published)
+                await self.load_published()
             self.sync_ms = 1000 * (self.log.time - began)
             self.buffer.start_window()
             self.synced.set()
+
+    async def load_published(self) -> None:
+        """Let the engines take the staged weights, once the copy is done."""
+        await asyncio.to_thread(self.trainer.staging.wait)
+        await self.searcher.load_staging(self.published)
 
     # ---- evaluate ----
 

@@ -5,7 +5,6 @@ computation is bf16, and each decoder layer is compiled by itself; on the CPU al
 """
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -50,10 +49,9 @@ class Trainer:
         self.objective, self.device, self.temperature = objective, device, temperature
         self.max_grad_norm, self.micro_batch_tokens = max_grad_norm, micro_batch_tokens
         compute = torch.bfloat16 if device.type == "cuda" else torch.float32
-        attention = "flex_attention" if device.type == "cuda" else "sdpa"
-        load = AutoModelForCausalLM.from_pretrained
-        self.policy = load(checkpoint_dir or model, dtype=torch.float32, attn_implementation=attention).to(device)
-        self.reference = load(model, dtype=compute, attn_implementation=attention).to(device)
+        self.policy = load_model(checkpoint_dir or model, torch.float32, device)
+        self.reference = load_model(model, compute, device)
+        self.flex = self.policy.config._attn_implementation == "flex_attention"
         self.reference.requires_grad_(False)
         for each in (self.policy, self.reference):
             each.eval()  # no dropout: a response has one log-probability
@@ -84,7 +82,9 @@ class Trainer:
     def token_logprobs(self, tokens: np.ndarray) -> np.ndarray:
         """Log-probability of each token of a sequence but the first [T-1] under the policy, at temperature 1."""
         rest = Trajectory(tokens[1:], finished=True, reward=0.0, version=0)
-        logprobs_N, _ = self._token_logprobs(self.policy, pack([Group(0, tokens[:1], [rest])], self.device), 1.0)
+        logprobs_N, _ = self._token_logprobs(
+            self.policy, pack([Group(0, tokens[:1], [rest])], self.device, self.flex), 1.0
+        )
         return logprobs_N.cpu().numpy()
 
     @torch.no_grad()
@@ -92,7 +92,7 @@ class Trainer:
         """Set `ref_logprob` of the responses that have none yet: each is computed once, when it is first trained on."""
         new = [Group(g.prompt_id, g.prompt, [r for r in g.responses if r.ref_logprob is None]) for g in groups]
         for micro in micro_batches([group for group in new if group.responses], self.micro_batch_tokens):
-            batch = pack(micro, self.device)
+            batch = pack(micro, self.device, self.flex)
             logprobs_U, _ = self.logprobs(self.reference, batch)
             for response, logprob in zip(batch.responses, logprobs_U.tolist(), strict=True):
                 response.ref_logprob = logprob
@@ -107,7 +107,7 @@ class Trainer:
         self.score_reference(groups)
         totals, tokens = torch.zeros(3, device=self.device), 0
         for micro in micro_batches(groups, self.micro_batch_tokens):
-            batch, share = pack(micro, self.device), len(micro) / len(groups)
+            batch, share = pack(micro, self.device, self.flex), len(micro) / len(groups)
             place = {id(response): u for u, response in enumerate(batch.responses)}
             index_BK = torch.tensor([[place[id(r)] for r in g.responses] for g in micro], device=self.device)
             ref_U, rewards_U = (
@@ -138,14 +138,13 @@ class Trainer:
         self.policy.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase, step: int) -> None:
+    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write a checkpoint: the policy as a Hugging Face folder, and the optimiser beside it."""
         unfinished = folder.with_name(folder.name + ".tmp")
         self.export(unfinished, tokenizer)
         state = self.optimizer.state_dict()["state"]
         moments = {f"{i}.{name}": tensor for i, tensors in state.items() for name, tensor in tensors.items()}
         save_file({name: tensor.contiguous() for name, tensor in moments.items()}, unfinished / "optimizer.safetensors")
-        (unfinished / "trainer.json").write_text(json.dumps({"step": step}))
         unfinished.rename(folder)
 
     def _load_optimizer(self, folder: Path) -> None:
@@ -167,7 +166,23 @@ def load_tokenizer(model: str) -> tuple[PreTrainedTokenizerBase, int]:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"model is {model!r}: it must be a Hugging Face folder or hub id ({reason})") from None
-    return tokenizer, getattr(settings, "max_position_embeddings", 2**20)
+    for scaling in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(settings, scaling, None) not in (None, 1.0):
+            raise ValueError(f"model is {model!r}: it must be one whose logits are not scaled ({scaling})")
+    if not any(Path(model).glob("*.safetensors")) and Path(model).is_dir():
+        raise ValueError(f"model is {model!r}: it must be a folder with weights (*.safetensors)")
+    longest = getattr(settings, "max_position_embeddings", None) or 2**20
+    window = getattr(settings, "sliding_window", None)  # packed rows have none: stay inside it
+    return tokenizer, min(longest, window or longest)
+
+
+def load_model(model: str | Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A model with flex attention on CUDA where its architecture has it; else with torch's own."""
+    load = AutoModelForCausalLM.from_pretrained
+    if device.type == "cuda":
+        with contextlib.suppress(ValueError):  # GPT-2, for one, does not have it
+            return load(model, dtype=dtype, attn_implementation="flex_attention").to(device)
+    return load(model, dtype=dtype, attn_implementation="sdpa").to(device)
 
 
 def newest_checkpoint(out: Path) -> tuple[Path, int]:

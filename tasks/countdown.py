@@ -45,6 +45,7 @@ defaults = dict(
 )
 
 NUMBERS, LARGEST, TARGETS = 3, 50, range(1, 100)
+HELD_OUT = 26  # of 256 problems
 PROBLEMS = {"train": 20_000, "test": 2_000}
 LONGEST = 100  # characters of a response that is read at all
 
@@ -66,7 +67,7 @@ def problems(split: str, config) -> list[Problem]:
 
 def held_out(numbers: list[int], target: int) -> bool:
     """Whether a problem is one for testing, in whatever order its numbers stand: one in ten is."""
-    return hashlib.sha256(f"{sorted(numbers)} {target}".encode()).digest()[0] < 26
+    return hashlib.sha256(f"{sorted(numbers)} {target}".encode()).digest()[0] < HELD_OUT
 
 
 def random_expression(rng: random.Random) -> tuple[list[int], str]:
@@ -138,12 +139,16 @@ def evaluate(expression: str) -> Fraction:
 # ---- the embedded model ----
 
 CHARACTERS = "0123456789 +-=:"
-WARM_UP = dict(hidden=64, layers=2, steps=1300, batch=64, lr=4e-3, wrong=0.5, wrong_from=0.75)
+WARM_UP = dict(
+    hidden=64, layers=2, steps=1300, batch=64, lr=4e-3, wrong=0.5, wrong_from=0.75, version=1
+)  # count version up with the code
 
 
 def prepare(config) -> str:
     """The folder of the embedded model for `config.seed`; it is trained first where the cache does not hold it."""
-    key = hashlib.sha256(json.dumps([WARM_UP, CHARACTERS, NUMBERS, LARGEST, config.seed]).encode()).hexdigest()[:12]
+    key = hashlib.sha256(
+        json.dumps([WARM_UP, CHARACTERS, NUMBERS, LARGEST, list(TARGETS), HELD_OUT, config.seed]).encode()
+    ).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tba"
     folder = cache / f"countdown-{key}"
     if not folder.is_dir():

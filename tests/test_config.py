@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from config import AT_LEAST, AT_MOST, POSITIVE, parse
+from machine import devices
 
 TOO_SMALL = [
     (name, low - (1 if isinstance(low, int) and name != "on_policy_prob" else 0.5)) for name, low in AT_LEAST.items()
@@ -17,11 +18,13 @@ BAD = [
     *((name, high + 1) for name, high in AT_MOST.items()),
     *((name, value) for name in POSITIVE for value in (0.0, -1.0, "nan", "inf")),
     ("on_policy_prob", "nan"),
+    ("beta_final", "inf"),
     ("beta_final", 0.1),  # without beta_steps
     ("evict", "random"),
     ("replay", "newest"),
     ("loss", "ppo"),
     ("train_device", "gpu"),
+    ("train_device", "cuda"),
     ("search_devices", "cuda:x"),
     ("model", ""),
 ]  # fmt: skip
@@ -40,6 +43,8 @@ def test_out_of_range_is_refused(name, value):
     ("arguments", "named"),
     [
         (["--task", "chess"], "countdown, gsm8k"),
+        (["--task"], "--task"),
+        (["--search-devices", "cuda:1", "cuda:1"], "search_devices is .* devices that differ"),
         (["--steps", "many"], "--steps"),
         (["--stepz", "3"], "--stepz"),
         (["--search-responses", "4"], "search_responses is 4: it must be at least responses_per_prompt, 16"),
@@ -84,6 +89,7 @@ def test_a_flag_beats_the_task_which_beats_the_field():
         (["--temperature", "-1"], "tba: temperature is -1.0: it must be a finite number above 0"),
         (["--task", "gsm8k", "--model", "no/such", "--data", "nowhere"], "tba: model is 'no/such'"),
         (["--train-device", "cuda:63"], "tba: train_device is 'cuda:63'"),
+        (["--model", "tests"], "tba: model is 'tests'"),
     ],
 )
 def test_the_command_exits_with_2_and_one_line(arguments, complaint, tmp_path):
@@ -105,3 +111,22 @@ def test_help_shows_every_field_with_the_tasks_default():
 def test_a_run_cut_short_still_reaches_its_learning_rate():
     config = parse(["--steps", "100"])  # the task's decay is longer than that
     assert config.lr_at(0) == config.lr and 0 < config.lr_at(99) < 0.02 * config.lr
+
+
+def test_of_several_gpus_the_first_trains_and_the_others_search(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert devices("auto", ["auto"]) == ("cuda:0", ["cuda:1", "cuda:2", "cuda:3"])
+    assert devices("cuda:2", ["auto"]) == ("cuda:2", ["cuda:0", "cuda:1", "cuda:3"])
+    assert devices("cuda:0", ["cuda:0", "cuda:1"]) == ("cuda:0", ["cuda:0", "cuda:1"])
+    with pytest.raises(ValueError, match="search_devices is 'cuda:4'"):
+        devices("auto", ["cuda:4"])
+    with pytest.raises(ValueError, match="search_devices is 'cpu'"):
+        devices("auto", ["cpu"])
+
+
+def test_one_gpu_does_both_and_none_leaves_the_cpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert devices("auto", ["auto"]) == ("cuda:0", ["cuda:0"])
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert devices("auto", ["auto"]) == ("cpu", ["cpu"])
+    assert devices("auto", ["cpu", "cpu"]) == ("cpu", ["cpu", "cpu"])

@@ -12,6 +12,7 @@ from searcher import Searcher
 from trainer import Trainer
 from weights import share
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these engines are the CPU build's")
 ARCHITECTURES = [("llama", False), ("llama", True), ("gpt_neox", False), ("gpt2", True)]
 
 
@@ -28,7 +29,7 @@ def test_engine_and_trainer_agree_after_a_sync(make_model, tokenizer, tmp_path, 
     async def check() -> None:
         searcher = Searcher(["cpu"], temperature=1.0, max_tokens=16)
         try:
-            await searcher.start(folder, 128, 0, 0.5, cores()[1], tmp_path / "engine.log")
+            await searcher.start(folder, 128, 0, {}, cores()[1], tmp_path / "engine.log")
             trainer.staging = await share(trainer.policy, searcher)
             trainer.publish()
             await searcher.load_staging(0)
@@ -44,11 +45,15 @@ def test_engine_and_trainer_agree_after_a_sync(make_model, tokenizer, tmp_path, 
                     weight.add_(0.05 * torch.randn_like(weight))
             second = trainer.token_logprobs(tokens)
             assert np.abs(second - first).max() > 0.1  # or nothing is shown
-            running = asyncio.create_task(searcher.generate(prompt, 32))
+            running = asyncio.create_task(searcher.generate(prompt, 200))
+            await asyncio.sleep(0.01)
             trainer.publish()
+            assert searcher.engines[0].in_flight == 200
             await searcher.load_staging(7)
+            assert not running.done()
             assert difference(await searcher.prompt_logprobs(tokens), second) < 1e-4
-            assert len((await running)[0]) == 32  # what was in flight went on
+            responses, version = await running  # what was in flight went on
+            assert len(responses) == 200 and version == 0
             assert (await searcher.generate(prompt, 1))[1] == 7
 
             trainer.staging.flat[len(trainer.staging.flat) // 2 :].zero_()  # a spoiled weight is seen
@@ -71,7 +76,7 @@ def test_two_engines_share_the_requests_and_responses_end_where_they_should(make
     async def check() -> None:
         searcher = Searcher(["cpu", "cpu"], temperature=1.0, max_tokens=8)
         try:
-            await searcher.start(folder, 64, 0, 0.5, cores()[1], tmp_path / "engine.log")
+            await searcher.start(folder, 64, 0, {}, cores()[1], tmp_path / "engine.log")
             trainer.staging = await share(trainer.policy, searcher)
             trainer.publish()
             await searcher.load_staging(0)

@@ -55,36 +55,37 @@ def test_packed_is_plain(make_model, tokenizer, architecture, tie, temperature):
     np.testing.assert_allclose([r.ref_logprob for g in groups for r in g.responses], expected, atol=2e-3, rtol=1e-5)
 
 
-def test_one_row_for_all_groups_is_the_same(make_model, tokenizer):
-    """The layout and the rule of the mask that CUDA uses, under a dense mask."""
+def test_one_row_for_all_groups_is_the_same(make_model, tokenizer, monkeypatch):
+    """The layout that CUDA uses, under a dense mask of the same rule."""
     trainer = Trainer(str(make_model("llama", False)), tb, "cpu")
     groups = make_groups(len(tokenizer))
+    monkeypatch.setattr(packing, "create_block_mask", packing.create_mask)
     with torch.no_grad():
         expected, _ = trainer.logprobs(trainer.policy, pack(groups, trainer.device))
-        one_row = packing.pack(groups, trainer.device, layout=packing.one_row)
+        one_row = pack(groups, trainer.device, flex=True)
         found, _ = trainer.logprobs(trainer.policy, one_row)
-        assert one_row.tokens.shape == (1, 128)
+    assert one_row.tokens.shape == (1, 128)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="flex attention on the CPU compiles with g++")
-def test_flex_attention_under_the_block_mask_is_the_same(make_model, tokenizer, monkeypatch):
+def test_flex_attention_under_the_block_mask_is_the_same(make_model, tokenizer):
     """What CUDA computes, forward, on the CPU: transformers takes the BlockMask as it is."""
-    folder, groups, cpu = make_model("llama", False), make_groups(len(tokenizer)), torch.device("cpu")
-    expected, _ = hidden_states(folder, "sdpa", packing.pack(groups, cpu, layout=packing.one_row))
-    monkeypatch.setattr(packing, "create_mask", packing.create_block_mask)
-    found, batch = hidden_states(folder, "flex_attention", packing.pack(groups, cpu, layout=packing.one_row))
-    assert type(batch.mask).__name__ == "BlockMask"
-    torch.testing.assert_close(found[: batch.read], expected[: batch.read], atol=1e-4, rtol=1e-4)
+    folder, groups = make_model("llama", False), make_groups(len(tokenizer))
+    rows, row = pack(groups, torch.device("cpu")), pack(groups, torch.device("cpu"), flex=True)
+    assert type(row.mask).__name__ == "BlockMask"
+    expected, found = hidden_states(folder, "sdpa", rows), hidden_states(folder, "flex_attention", row)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-def hidden_states(folder, attention: str, batch: packing.Packed):
+def hidden_states(folder, attention: str, batch: packing.Packed) -> torch.Tensor:
+    """[N, H], where the responses' tokens are predicted."""
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).eval()
     with torch.no_grad():
         hidden = model.base_model(
             input_ids=batch.tokens, position_ids=batch.positions, attention_mask=batch.mask, use_cache=False
         ).last_hidden_state
-    return hidden[0], batch
+    return hidden.flatten(0, 1)[batch.source]
 
 
 def test_mask_by_hand():
@@ -149,7 +150,7 @@ def test_a_checkpoint_goes_on_where_it_was_made(make_model, tokenizer, tmp_path)
     folder = str(make_model("llama", False))
     trainer, groups = Trainer(folder, tb, "cpu"), make_groups(len(tokenizer))
     trainer.update(groups, 0.1, 1e-3)
-    trainer.save(tmp_path / "step-1", tokenizer, 1)
+    trainer.save(tmp_path / "step-1", tokenizer)
     resumed = Trainer(folder, tb, "cpu", checkpoint_dir=tmp_path / "step-1")
     torch.testing.assert_close(parameters_after(resumed, groups), parameters_after(trainer, groups), atol=1e-7, rtol=0)
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
