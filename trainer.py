@@ -169,7 +169,7 @@ def load_tokenizer(model: str) -> tuple[PreTrainedTokenizerBase, int]:
     for scaling in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(settings, scaling, None) not in (None, 1.0):
             raise ValueError(f"model is {model!r}: it must be one whose logits are not scaled ({scaling})")
-    if not any(Path(model).glob("*.safetensors")) and Path(model).is_dir():
+    if Path(model).is_dir() and not any(path.suffix in (".safetensors", ".bin") for path in Path(model).iterdir()):
         raise ValueError(f"model is {model!r}: it must be a folder with weights (*.safetensors)")
     longest = getattr(settings, "max_position_embeddings", None) or 2**20
     window = getattr(settings, "sliding_window", None)  # packed rows have none: stay inside it
