@@ -1,5 +1,6 @@
 """The main job as a user runs it: the command in a process of its own, with real vLLM engines."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,23 @@ def nothing_left():
         time.sleep(0.2)
     assert not left
     assert not shared_memory() - before[1]
+
+
+@contextlib.contextmanager
+def started(arguments: list[str]) -> Iterator[subprocess.Popen]:
+    """A run that hears Ctrl-C, though the tests may have been started in the background, where shells silence it."""
+    process = subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def command(*arguments) -> list[str]:
@@ -185,13 +204,13 @@ def test_resume_goes_on_after_the_newest_checkpoint(short_run, tmp_path, nothing
 def test_nothing_survives_a_signal(embedded, tmp_path, signalled, nothing_left):
     out = tmp_path / "run"
     arguments = command("--model", embedded[1], "--out", out, "--steps", 100_000, "--prime", 32, "--eval-prompts", 0)
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not ((out / "metrics.jsonl").is_file() and len(read(out / "metrics.jsonl")) > 5):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.2)
-    process.send_signal(signalled)
-    stdout, stderr = process.communicate(timeout=30)
+    with started(arguments) as process:
+        deadline = time.monotonic() + 120
+        while not ((out / "metrics.jsonl").is_file() and len(read(out / "metrics.jsonl")) > 5):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        process.send_signal(signalled)
+        stdout, stderr = process.communicate(timeout=30)
     if signalled == signal.SIGKILL:
         return
     assert process.returncode == 128 + signalled
@@ -203,14 +222,14 @@ def test_nothing_survives_a_signal(embedded, tmp_path, signalled, nothing_left):
 def test_an_engine_that_is_starting_does_not_outlive_the_program(embedded, tmp_path, signalled, nothing_left):
     before = processes()
     arguments = command("--model", embedded[1], "--out", tmp_path / "run", "--eval-prompts", 0)
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not (engines := processes() - before - {process.pid}):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    time.sleep(2)
-    process.send_signal(signalled)
-    process.wait(timeout=20)
+    with started(arguments) as process:
+        deadline = time.monotonic() + 60
+        while not (engines := processes() - before - {process.pid}):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(2)
+        process.send_signal(signalled)
+        process.wait(timeout=20)
     assert engines and process.returncode == (130 if signalled == signal.SIGINT else -signal.SIGKILL)
 
 
