@@ -45,7 +45,7 @@ def shared_memory() -> set[str]:
 
 @contextlib.contextmanager
 def nothing_is_left() -> Iterator[None]:
-    """Nothing survives the program: no engine process, no shared memory. Python's own tracker ends a little after it."""
+    """Nothing survives the program: no engine process, no shared memory. (Python's tracker ends a little later.)"""
     before = processes(), shared_memory()
     yield
     deadline = time.monotonic() + 10
