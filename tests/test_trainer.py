@@ -115,6 +115,14 @@ def test_an_update_is_the_same_however_it_is_cut(make_model, tokenizer, monkeypa
     torch.testing.assert_close(in_chunks, whole, atol=1e-5, rtol=1e-4)
 
 
+def test_figures_are_the_same_however_an_update_is_cut(make_model, tokenizer):
+    """Adam's first step forgets the gradient's scale; its norm does not."""
+    folder, groups = str(make_model("llama", False)), make_groups(len(tokenizer))
+    whole = Trainer(folder, tb, "cpu").update(groups, beta=0.1, lr=1e-3)
+    cut = Trainer(folder, tb, "cpu", micro_batch_tokens=1).update(groups, beta=0.1, lr=1e-3)
+    assert cut == pytest.approx(whole, rel=1e-3)
+
+
 def test_gradient_is_clipped_and_reported_before_clipping(make_model, tokenizer):
     folder = str(make_model("llama", False))
     trainer, free = Trainer(folder, tb, "cpu", max_grad_norm=1e-3), Trainer(folder, tb, "cpu", max_grad_norm=1e9)
