@@ -28,7 +28,7 @@ clean:
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 # The CPU build of torch comes first and alone: PyTorch's own index has it where the usual one does not. The rest is a
-# full list without --no-deps' help, because vLLM's CPU build names torchvision and its kin in builds that break here.
+# full list, installed with --no-deps: vLLM's CPU build asks for torchvision and its kin in builds that break here.
 .venv/installed: .venv/bin/python $(REQUIREMENTS)
 	@echo "installing $(REQUIREMENTS) into .venv: 2 to 5 minutes, once"
 ifeq ($(GPU),)

@@ -123,14 +123,13 @@ class Run:
 
         config, began = self.config, time.perf_counter()
         say(f"training on {self.train_device}, searching on {', '.join(self.search_devices)}; starting vLLM ...")
-        searcher = Searcher(self.search_devices, config.temperature, config.max_tokens)
         tokens = max(len(prompt) for _, prompt in self.problems + self.test) + config.max_tokens
         # One after the other: on a GPU that they share, the engine counts what is in use when it starts.
         self.trainer = await in_thread(
             self.train_thread, Trainer, self.model, OBJECTIVES[config.loss], self.train_device,
             config.temperature, config.max_grad_norm, config.micro_batch_tokens, self.checkpoint,
         )  # fmt: skip
-        self.searcher = searcher
+        self.searcher = searcher = Searcher(self.search_devices, config.temperature, config.max_tokens)
         memory = {device: 0.4 if device == self.train_device else 0.9 for device in self.search_devices}
         if config.gpu_memory_utilization:
             memory = dict.fromkeys(memory, config.gpu_memory_utilization)
@@ -139,8 +138,7 @@ class Run:
         self.trainer.staging = await share(self.trainer.policy, searcher)
         await in_thread(self.train_thread, self.trainer.publish)
         await self.load_published()
-        prompt = self.problems[0][1]
-        await check_agreement(self.trainer, searcher, prompt)
+        await check_agreement(self.trainer, searcher, self.problems[0][1])
         say(f"ready after {time.perf_counter() - began:.0f} s")
 
     # ---- search ----
