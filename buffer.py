@@ -24,7 +24,9 @@ class Trajectory:
     finished: bool  # False: it ran into the length limit, so that it has no end-of-sequence token
     reward: float
     version: int  # the trainer's step whose weights began it
-    ref_logprob: float | None = None  # log pi_ref(y|x) in nats, the sum over its tokens; None: not computed yet
+    logprobs: np.ndarray | None = None  # float32 [T], of its tokens under the policy that wrote it; None: not asked for
+    ref_logprobs: np.ndarray | None = None  # float32 [T], of its tokens under the reference; None: not computed yet
+    ref_version: int = 0  # how often the reference had been reset
 
 
 @dataclass(slots=True, eq=False)

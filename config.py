@@ -4,13 +4,14 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tasks
 from buffer import EVICTION, REPLAY
-from loss import OBJECTIVES
+from loss import DIVIDE_BY_BETA, IMPORTANCE_WEIGHTED, OBJECTIVES
 
 
 @dataclass(frozen=True)
@@ -38,24 +39,38 @@ class Config:
     """K: responses of each prompt in an update."""
     search_responses: int = 16
     """S: responses that a search generates for a prompt, at least K."""
+    loss: str = "tb"
+    """The objective, by its name in loss.py: tb, tb_prime, rloo, grpo, dr_grpo, online_dpo or cispo."""
+    importance_ratio: bool = True
+    """Weigh tokens by pi/mu, in objectives that do; off: all count as on-policy, and search need not note mu."""
     lr: float = 1e-5
     """Learning rate (AdamW)."""
+    lr_schedule: str = "constant"
+    """constant, linear (to 0 on the last update), or wsd (warm-up, stable, decay to 0 on the last update)."""
     lr_warmup: int = 0
-    """Updates in which the learning rate rises from 0."""
+    """Updates in which the learning rate rises from 0, with every schedule."""
     lr_decay: int = 0
-    """Updates at the end in which the learning rate falls to 0."""
+    """Updates at the end in which wsd decays."""
     beta: float = 0.01
-    """Weight of the KL to the model that the run starts from."""
+    """Weight of the KL to the reference, the model that the run starts from."""
+    beta_schedule: str = "constant"
+    """How beta goes to beta_final: constant (it stays), linear or cosine."""
     beta_final: float = 0.0
-    """What beta is annealed to, in a straight line; 0: it stays."""
+    """What beta is annealed to."""
     beta_steps: int = 0
     """Updates until beta is beta_final."""
+    reference_reset: int = 0
+    """rho: updates between two resets of the reference to the policy; 0: it stays."""
     temperature: float = 1.0
     """Of the sampling; the objective divides logits by it too."""
     max_tokens: int = 256
     """Longest response, in tokens."""
     sync_every: int = 2
     """k: updates between two syncs of the engines' weights."""
+    check_sync: bool = False
+    """Stop where engines and trainer differ after a sync, by above 0.001 nats a token (bf16: 0.1) on average."""
+    strict: bool = False
+    """Search and training take turns, and each update has responses of the very policy: m is 1 and k is 1."""
     on_policy_prob: float = 0.5
     """m: probability that a prompt of a batch is from the newest data, rather than any seen."""
     prime: int = 500
@@ -66,8 +81,6 @@ class Config:
     """Which response leaves a full buffer: oldest or lowest_reward."""
     replay: str = "uniform"
     """How responses of a prompt that is not new are chosen: uniform, or by softmax of the reward."""
-    loss: str = "tb"
-    """The objective, by its name in loss.py."""
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to it."""
     micro_batch_tokens: int = 16384
@@ -92,34 +105,54 @@ class Config:
     def beta_at(self, step: int) -> float:
         """Beta of the update that follows `step` updates.
 
-        >>> config = Config(beta=0.012, beta_final=0.004, beta_steps=4)
+        >>> config = Config(beta=0.012, beta_schedule="linear", beta_final=0.004, beta_steps=4)
         >>> [config.beta_at(step) for step in (0, 2, 4, 9)]
         [0.012, 0.008, 0.004, 0.004]
+        >>> config = Config(beta=1.0, beta_schedule="cosine", beta_final=0.0, beta_steps=3)
+        >>> [round(config.beta_at(step), 6) for step in (0, 1, 2, 3, 4)]
+        [1.0, 0.75, 0.25, 0.0, 0.0]
         """
-        done = min(1.0, step / self.beta_steps) if self.beta_steps else 0.0
+        if self.beta_schedule == "constant":
+            return self.beta
+        done = min(1.0, step / self.beta_steps)
+        if self.beta_schedule == "cosine":
+            done = (1 - math.cos(math.pi * done)) / 2
         return self.beta + done * (self.beta_final - self.beta)
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of the update that follows `step` updates: warm-up, stable, decay.
+        """Learning rate of the update that follows `step` updates.
 
-        >>> config = Config(lr=1.0, steps=10, lr_warmup=2, lr_decay=5)
-        >>> [config.lr_at(step) for step in (0, 1, 2, 5, 6, 9)]
-        [0.5, 1.0, 1.0, 1.0, 0.8, 0.2]
+        >>> config = Config(lr=1.0, steps=11, lr_schedule="wsd", lr_warmup=2, lr_decay=5)
+        >>> [config.lr_at(step) for step in (0, 1, 2, 5, 6, 9, 10)]
+        [0.5, 1.0, 1.0, 1.0, 0.8, 0.2, 0.0]
+        >>> config = Config(lr=1.0, steps=5, lr_schedule="linear")
+        >>> [config.lr_at(step) for step in range(5)]
+        [1.0, 0.75, 0.5, 0.25, 0.0]
         """
         up = (step + 1) / self.lr_warmup if self.lr_warmup else 1.0
-        decay = min(self.lr_decay, self.steps)  # a run cut short decays all along
-        down = (self.steps - step) / decay if decay else 1.0
+        last = self.steps - 1
+        decay = {"constant": 0, "linear": last - self.lr_warmup, "wsd": min(self.lr_decay, last)}[self.lr_schedule]
+        down = (last - step) / decay if decay > 0 else 1.0
         return self.lr * min(up, down, 1.0)
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether the objective takes every response as the policy's own, and asks for no log-probabilities of it."""
+        return self.loss not in IMPORTANCE_WEIGHTED or not self.importance_ratio
 
 
 AT_LEAST = dict(
-    seed=0, steps=1, prompts_per_step=1, responses_per_prompt=2, search_responses=2, lr_warmup=0, lr_decay=0,
-    beta_final=0, beta_steps=0, max_tokens=1, sync_every=1, on_policy_prob=0, prime=0, capacity=1, micro_batch_tokens=1,
-    gpu_memory_utilization=0, eval_every=0, eval_prompts=0, eval_samples=1, save_every=0,
+    seed=0, steps=1, prompts_per_step=1, responses_per_prompt=2, search_responses=2, lr_warmup=0, lr_decay=0, beta=0,
+    beta_final=0, beta_steps=0, reference_reset=0, max_tokens=1, sync_every=1, on_policy_prob=0, prime=0, capacity=1,
+    micro_batch_tokens=1, gpu_memory_utilization=0, eval_every=0, eval_prompts=0, eval_samples=1, save_every=0,
 )  # fmt: skip
 AT_MOST = dict(on_policy_prob=1, gpu_memory_utilization=1, seed=2**31 - 1)
-POSITIVE = ("lr", "beta", "temperature", "max_grad_norm")  # and finite
-ONE_OF = dict(evict=EVICTION, replay=REPLAY, loss=OBJECTIVES)
+POSITIVE = ("lr", "temperature", "max_grad_norm")  # and finite
+ONE_OF = dict(
+    evict=EVICTION, replay=REPLAY, loss=OBJECTIVES,
+    lr_schedule=("constant", "linear", "wsd"), beta_schedule=("constant", "linear", "cosine"),
+)  # fmt: skip
+STRICT = dict(strict=True, sync_every=1, on_policy_prob=1.0, prime=0)  # defaults with --strict
 
 
 def check(config: Config) -> None:
@@ -143,8 +176,17 @@ def check(config: Config) -> None:
             refuse(name, f"one of {', '.join(allowed)}")
     if config.search_responses < config.responses_per_prompt:
         refuse("search_responses", f"at least responses_per_prompt, {config.responses_per_prompt}")
-    if (config.beta_final > 0) != (config.beta_steps > 0):
-        refuse("beta_steps", "above 0 where beta_final is, and 0 where that is 0: they go together")
+    annealed = config.beta_schedule != "constant"
+    if annealed != (config.beta_steps > 0):
+        refuse("beta_steps", "above 0 with beta_schedule linear or cosine, and 0 with constant")
+    if not annealed and config.beta_final:
+        refuse("beta_final", "0 with beta_schedule constant")
+    if (config.lr_schedule == "wsd") != (config.lr_decay > 0):
+        refuse("lr_decay", "above 0 with lr_schedule wsd, and 0 with others")
+    if config.loss in DIVIDE_BY_BETA:
+        for name in ("beta", "beta_final") if annealed else ("beta",):
+            if not getattr(config, name):
+                refuse(name, f"above 0 with loss {config.loss}")
     for name in ("train_device", "search_devices"):
         for device in [config.train_device] if name == "train_device" else config.search_devices or [""]:
             kind, _, index = device.partition(":")
@@ -174,6 +216,7 @@ def parse(arguments: list[str]) -> Config:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--task", default=Config.task)
     first.add_argument("--resume", default="")
+    first.add_argument("--strict", action=argparse.BooleanOptionalAction, default=False)
     try:
         known, _ = first.parse_known_args(arguments)
     except argparse.ArgumentError as error:
@@ -184,15 +227,17 @@ def parse(arguments: list[str]) -> Config:
             raise ValueError(f"resume is {known.resume!r}: it must be the folder of a run, and {saved} does not exist")
         try:
             settings = json.loads(saved.read_text()) | {"out": known.resume, "resume": known.resume}
-            defaults = Config(**settings | {"search_devices": tuple(settings["search_devices"])})
+            kind = tasks.load(settings["task"]).Settings
+            defaults = kind(**settings | {"search_devices": tuple(settings["search_devices"])})
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"resume is {known.resume!r}: its config.json is not of this version ({error})") from None
     else:
-        defaults = Config(**{"task": known.task} | tasks.load(known.task).defaults)
+        kind = tasks.load(known.task).Settings
+        defaults = kind(task=known.task, **STRICT if known.strict else {})
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            config = tyro.cli(Config, args=arguments, default=defaults, prog="tba.py")
+            config = tyro.cli(kind, args=arguments, default=defaults, prog="tba.py")
     except SystemExit as stop:
         if stop.code:  # tyro draws a box around what is wrong: keep its first line
             lines = [line.strip("│ ") for line in complaint.getvalue().splitlines()]

@@ -1,51 +1,194 @@
 """Objectives, as pure functions.
 
-Shapes stand in the names: B prompts, K responses of each. Every objective takes log-probabilities of whole responses
-(sums over the response's tokens, end-of-sequence included, in nats) under the policy, which carry the gradient, and
-under the reference, which do not; and returns a scalar. To add one: write the function and name it in `OBJECTIVES`.
+Each takes a `Batch` of B prompts with K responses of at most T tokens and `beta`, the weight of the KL to the
+reference, and returns a scalar: the mean over the B groups, so that groups may be cut into micro-batches anywhere. To
+add one: write the function, name it in `OBJECTIVES`, and in `IMPORTANCE_WEIGHTED` if it reads `behaviour_BKT`.
+
+Symbols: pi the policy, mu the behaviour policy that wrote a response, y_t its token, A_j the advantage of response j.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+CLIP = 0.2  # how far a ratio pi/mu may move from 1 before PPO's clipping stops it
+RATIO_MAX = {"tb_prime": 8.0, "cispo": 5.0}  # where ratios are cut off
+LOG_RATIO_MAX = 10.0  # tb_prime cuts log pi/pi_ref of a token at +-10 nats
 
-def tb(logprobs_BK: Tensor, ref_logprobs_BK: Tensor, rewards_BK: Tensor, beta: float) -> Tensor:
+
+@dataclass(slots=True)
+class Batch:
+    """Log-probabilities of the responses' tokens, in nats, end-of-sequence included; 0 in the padding."""
+
+    logprobs_BKT: Tensor  # log pi(y_t), with gradient
+    ref_BKT: Tensor  # log pi_ref(y_t)
+    behaviour_BKT: Tensor  # log mu(y_t); log pi(y_t) without gradient where the data count as on-policy
+    mask_BKT: Tensor  # 1 where a response has a token, 0 in the padding
+    rewards_BK: Tensor
+
+
+def tb(batch: Batch, beta: float) -> Tensor:
     """Trajectory balance with the VarGrad estimate of log Z (https://arxiv.org/abs/2503.18929, section 3).
 
     KL-regularised RL has the optimum pi*(y|x) = pi_ref(y|x) exp(r(x,y)/beta) / Z(x). With
 
-        d_ij    = log pi_theta(y_ij|x_i) - log pi_ref(y_ij|x_i) - r_ij/beta
-        log Z_i = -mean_j d_ij                          (no gradient)
+        d_ij    = log pi(y_ij|x_i) - log pi_ref(y_ij|x_i) - r_ij/beta        (sums over tokens)
+        log Z_i = -mean_j d_ij                                               (no gradient)
         L       = beta/2 mean_ij (log Z_i + d_ij)^2
 
-    L is zero exactly where pi_theta = pi* on the responses at hand, whatever policy wrote them: nothing here asks.
-    Its gradient is the policy gradient -mean_ij A_ij grad log pi_theta(y_ij|x_i) with the advantage
+    L is zero exactly where pi = pi* on the responses at hand, whatever policy wrote them: nothing here asks.
+    Its gradient is the policy gradient -mean_ij A_ij grad log pi(y_ij|x_i) with the advantage
 
-        A_ij = (r_ij - mean_j r_ij) - beta (k_ij - mean_j k_ij),    k_ij = log pi_theta - log pi_ref.
+        A_ij = (r_ij - mean_j r_ij) - beta (k_ij - mean_j k_ij),    k_ij = log pi - log pi_ref.
 
-    The factor beta/2 is what makes it so: the gradient does not grow as beta is annealed towards 0.
-
-    Args:
-        logprobs_BK: log pi_theta(y|x), with gradient.
-        ref_logprobs_BK: log pi_ref(y|x).
-        rewards_BK: r(x, y).
-        beta: weight of the KL to the reference, > 0.
-
-    Returns:
-        The loss, a scalar.
+    The factor beta/2 is what makes it so: the gradient does not grow as beta is annealed towards 0. Needs beta > 0.
 
     >>> import torch
-    >>> one = torch.tensor([[-1.0, -2.0]])
-    >>> tb(one, one, torch.tensor([[1.0, 0.0]]), beta=0.5)  # d = -2, 0; log Z = 1; the squares are 1, 1
+    >>> one = torch.tensor([[[-1.0], [-2.0]]])  # B = 1, K = 2, T = 1
+    >>> batch = Batch(one, one, one, torch.ones(1, 2, 1), torch.tensor([[1.0, 0.0]]))
+    >>> tb(batch, beta=0.5)  # d = -2, 0; log Z = 1; the squares are 1, 1
     tensor(0.2500)
     """
-    d_BK = logprobs_BK - ref_logprobs_BK - rewards_BK / beta
+    d_BK = (batch.logprobs_BKT - batch.ref_BKT).sum(-1) - batch.rewards_BK / beta
     log_Z_B1 = -d_BK.detach().mean(dim=1, keepdim=True)
     return beta / 2 * (log_Z_B1 + d_BK).square().mean()
 
 
-OBJECTIVES = {"tb": tb}
+def tb_prime(batch: Batch, beta: float) -> Tensor:
+    """TBA': the gradient of `tb` as a policy gradient a token, importance-weighted (https://arxiv.org/abs/2503.18929).
+
+        L    = -mean_j sum_t min(pi/mu, 8) A_j
+        A_j  = (r_j - mean r) - beta (k_j - mean k),    k_j = sum_t clip(log pi - log pi_ref, -10, 10)    (no gradient)
+
+    k and its mean are of the same policy, the current one. On-policy, or with the ratio off, its gradient is that of
+    `tb` as long as nothing is clipped. The paper resets the reference every 50 updates.
+
+    >>> import torch
+    >>> mu, pi, mask = torch.zeros(1, 2, 1), torch.tensor([[[0.5], [0.0]]]).log1p(), torch.ones(1, 2, 1)
+    >>> tb_prime(Batch(pi, mu, mu, mask, torch.tensor([[1.0, 0.0]])), beta=0.0)  # ratios 1.5, 1; A = 0.5, -0.5
+    tensor(-0.1250)
+    """
+    k_BK = (batch.logprobs_BKT - batch.ref_BKT).detach().clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX).sum(-1)
+    advantage_BK = _centred(batch.rewards_BK) - beta * _centred(k_BK)
+    ratio_BKT = _ratio(batch).clamp(max=RATIO_MAX["tb_prime"])
+    return -(ratio_BKT * advantage_BK[..., None] * batch.mask_BKT).sum(-1).mean()
+
+
+def rloo(batch: Batch, beta: float) -> Tensor:
+    """REINFORCE leave-one-out (https://arxiv.org/abs/2402.14740) with PPO's clipped ratio ("proximal RLOO",
+    https://arxiv.org/abs/2410.18252).
+
+        L   = -mean_j min(w_j A_j, clip(w_j, 0.8, 1.2) A_j),    w_j = pi(y_j)/mu(y_j), of the whole response
+        A_j = R_j - mean_{i != j} R_i,                          R_j = r_j - beta (log mu(y_j) - log pi_ref(y_j))
+
+    The KL is part of the reward, as the response was paid when it was written.
+
+    >>> import torch
+    >>> mu, pi, mask = torch.zeros(1, 2, 1), torch.tensor([[[0.5], [0.0]]]).log1p(), torch.ones(1, 2, 1)
+    >>> rloo(Batch(pi, mu, mu, mask, torch.tensor([[1.0, 0.0]])), beta=0.0)  # A = 1, -1; w = 1.5, clipped to 1.2, and 1
+    tensor(-0.1000)
+    """
+    k_BK = (batch.behaviour_BKT - batch.ref_BKT).sum(-1)
+    paid_BK, K = batch.rewards_BK - beta * k_BK, batch.rewards_BK.shape[1]
+    advantage_BK = _centred(paid_BK) * K / max(K - 1, 1)  # r_j minus the mean of the others
+    ratio_BK = (batch.logprobs_BKT - batch.behaviour_BKT).sum(-1).exp()
+    return -_clipped(ratio_BK, advantage_BK).mean()
+
+
+def grpo(batch: Batch, beta: float) -> Tensor:
+    """Group relative policy optimisation (https://arxiv.org/abs/2402.03300, equation 3).
+
+        L   = -mean_j 1/|y_j| sum_t [min(w_t A_j, clip(w_t, 0.8, 1.2) A_j) - beta KL_t],    w_t = pi(y_t)/mu(y_t)
+        A_j = (r_j - mean r) / std r,    KL_t = pi_ref/pi - log pi_ref/pi - 1
+
+    >>> import torch
+    >>> mu, pi, mask = torch.zeros(1, 2, 1), torch.tensor([[[0.5], [0.0]]]).log1p(), torch.ones(1, 2, 1)
+    >>> grpo(Batch(pi, mu, mu, mask, torch.tensor([[1.0, 0.0]])), beta=0.0)  # A = 1, -1; w = 1.5, clipped to 1.2, and 1
+    tensor(-0.1000)
+    """
+    per_token_BKT = _clipped(_ratio(batch), _standardised(batch.rewards_BK)[..., None]) - beta * _kl(batch)
+    return -((per_token_BKT * batch.mask_BKT).sum(-1) / batch.mask_BKT.sum(-1)).mean()
+
+
+def dr_grpo(batch: Batch, beta: float) -> Tensor:
+    """GRPO done right: no division by the length nor by the standard deviation (https://arxiv.org/abs/2503.20783).
+
+        L   = -mean_j sum_t [min(w_t A_j, clip(w_t, 0.8, 1.2) A_j) - beta KL_t],    A_j = r_j - mean r
+
+    w_t and KL_t as in `grpo`. The paper trains with beta = 0.
+
+    >>> import torch
+    >>> mu, pi, mask = torch.zeros(1, 2, 1), torch.tensor([[[0.5], [0.0]]]).log1p(), torch.ones(1, 2, 1)
+    >>> dr_grpo(Batch(pi, mu, mu, mask, torch.tensor([[1.0, 0.0]])), beta=0.0)  # A = 0.5, -0.5
+    tensor(-0.0500)
+    """
+    per_token_BKT = _clipped(_ratio(batch), _centred(batch.rewards_BK)[..., None]) - beta * _kl(batch)
+    return -(per_token_BKT * batch.mask_BKT).sum(-1).mean()
+
+
+def cispo(batch: Batch, beta: float) -> Tensor:
+    """Clipped importance-sampling policy optimisation (https://arxiv.org/abs/2506.13585, equation 4).
+
+        L = -1/sum_j |y_j| sum_jt [sg(min(w_t, 5)) A_j log pi(y_t) - beta KL_t],    A_j = (r_j - mean r) / std r
+
+    sg: no gradient, so that a clipped token still teaches. w_t and KL_t as in `grpo`. The paper trains with beta = 0.
+
+    >>> import torch
+    >>> mu, pi, mask = torch.zeros(1, 2, 1), torch.tensor([[[0.5], [0.0]]]).log1p(), torch.ones(1, 2, 1)
+    >>> cispo(Batch(pi, mu, mu, mask, torch.tensor([[1.0, 0.0]])), beta=0.0)  # -1.5 log 1.5 / 2
+    tensor(-0.3040)
+    """
+    weight_BKT = _ratio(batch).detach().clamp(max=RATIO_MAX["cispo"]) * _standardised(batch.rewards_BK)[..., None]
+    per_token_BKT = weight_BKT * batch.logprobs_BKT - beta * _kl(batch)
+    return -((per_token_BKT * batch.mask_BKT).sum((1, 2)) / batch.mask_BKT.sum((1, 2))).mean()
+
+
+def online_dpo(batch: Batch, beta: float) -> Tensor:
+    """Direct preference optimisation of the best of K over the worst (https://arxiv.org/abs/2402.04792).
+
+        L = -log sigmoid(beta (h_best - h_worst)),    h_j = log pi(y_j) - log pi_ref(y_j)
+
+    A group whose rewards are all equal prefers nothing: it counts 0. Needs beta > 0.
+
+    >>> import torch
+    >>> one = torch.tensor([[[-1.0], [-2.0]]])
+    >>> batch = Batch(one, one, one, torch.ones(1, 2, 1), torch.tensor([[1.0, 0.0]]))
+    >>> online_dpo(batch, beta=0.1)  # log 2
+    tensor(0.6931)
+    """
+    h_BK = (batch.logprobs_BKT - batch.ref_BKT).sum(-1)
+    best_B1, worst_B1 = (pick(dim=1, keepdim=True) for pick in (batch.rewards_BK.argmax, batch.rewards_BK.argmin))
+    margin_B1 = beta * (h_BK.gather(1, best_B1) - h_BK.gather(1, worst_B1))
+    differ_B1 = batch.rewards_BK.gather(1, best_B1) > batch.rewards_BK.gather(1, worst_B1)
+    return (margin_B1.neg().logaddexp(margin_B1.new_zeros(())) * differ_B1).mean()
+
+
+OBJECTIVES = {each.__name__: each for each in (tb, tb_prime, rloo, grpo, dr_grpo, online_dpo, cispo)}
+IMPORTANCE_WEIGHTED = {"tb_prime", "rloo", "grpo", "dr_grpo", "cispo"}  # they read behaviour_BKT
+DIVIDE_BY_BETA = {"tb", "online_dpo"}  # in what they aim at: they need beta > 0
+
+
+def _centred(x_BK: Tensor) -> Tensor:
+    return x_BK - x_BK.mean(dim=1, keepdim=True)
+
+
+def _standardised(x_BK: Tensor) -> Tensor:
+    return _centred(x_BK) / (x_BK.std(dim=1, keepdim=True, correction=0) + 1e-4)
+
+
+def _ratio(batch: Batch) -> Tensor:
+    return (batch.logprobs_BKT - batch.behaviour_BKT).exp()  # [B, K, T]
+
+
+def _clipped(ratio: Tensor, advantage: Tensor) -> Tensor:
+    return (ratio * advantage).minimum(ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
+
+
+def _kl(batch: Batch) -> Tensor:
+    """Schulman's estimate of the KL to the reference from one sample [B, K, T], never negative, 0 in the padding."""
+    log_ratio_BKT = batch.ref_BKT - batch.logprobs_BKT
+    return log_ratio_BKT.exp() - log_ratio_BKT - 1

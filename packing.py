@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, create_mask
+from torch.nn.attention.flex_attention import create_block_mask
 
 from buffer import Group, Trajectory
 
@@ -31,8 +31,14 @@ class Packed:
     source: Tensor  # [N] flat index into R*T: the token that predicts a response token
     target: Tensor  # [N] the response token
     owner: Tensor  # [N] which of the U distinct responses it belongs to
+    place: Tensor  # [N] its place in that response
     responses: list[Trajectory]  # the U distinct responses
     read: int  # tokens without the padding
+
+    def padded(self, values_N: Tensor) -> Tensor:
+        """A value a token as rows of responses [U, T], 0 in the padding."""
+        longest = max(len(response.tokens) for response in self.responses)
+        return values_N.new_zeros(len(self.responses), longest).index_put((self.owner, self.place), values_N)
 
 
 def pack(groups: list[Group], device: torch.device, flex: bool = False) -> Packed:
@@ -43,7 +49,7 @@ def pack(groups: list[Group], device: torch.device, flex: bool = False) -> Packe
         device: where the rows are to be.
         flex: for flex attention, in one row under a block mask; else in a row each under a boolean mask.
     """
-    rows, sources, targets, owners, responses, counts = [], [], [], [], [], []
+    rows, sources, targets, owners, places, responses, counts = [], [], [], [], [], [], []
     for group in groups:
         unique = list({id(response): response for response in group.responses}.values())
         parts = [group.prompt, *(response.tokens for response in unique)]
@@ -58,13 +64,14 @@ def pack(groups: list[Group], device: torch.device, flex: bool = False) -> Packe
             sources.append(source)
             targets.append(part)
             owners.append(np.full(len(part), len(responses) + segment - 1))
+            places.append(np.arange(len(part)))
             start = end
         responses += unique
         counts.append(len(unique))
         rows.append(row)
     packed, group_id, starts = (one_row if flex else row_each)(rows)
     offset = np.repeat(np.repeat(starts, counts), [len(target) for target in targets])
-    tokens, segments, positions, group_id, source, target, owner = (
+    tokens, segments, positions, group_id, source, target, owner, place = (
         torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
         for array in (
             *packed,
@@ -72,12 +79,17 @@ def pack(groups: list[Group], device: torch.device, flex: bool = False) -> Packe
             np.concatenate(sources) + offset,
             np.concatenate(targets),
             np.concatenate(owners),
+            np.concatenate(places),
         )
     )
-    rule = allowed(segments, group_id)
-    mask = (create_block_mask if flex else create_mask)(rule, len(tokens), None, *[tokens.shape[1]] * 2, device)
+    rule, (R, T) = allowed(segments, group_id), tokens.shape
+    if flex:
+        mask = create_block_mask(rule, R, None, T, T, device)
+    else:  # by broadcasting, which takes a fraction of flex attention's create_mask
+        row, column = torch.arange(R, device=device)[:, None, None], torch.arange(T, device=device)
+        mask = rule(row, None, column[:, None], column)[:, None]
     read = sum(row.shape[1] for row in rows)
-    return Packed(tokens, positions, mask, source, target, owner, responses, read)
+    return Packed(tokens, positions, mask, source, target, owner, place, responses, read)
 
 
 def row_each(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,8 +1,9 @@
 """The searcher: vLLM engines that generate responses and take new weights.
 
-One request a prompt with n responses, its final output only, no detokenising, and no log-probabilities: then the event
-loop, which shares its process with the trainer, stays idle. An engine never reads weights from a file: it starts with
-random ones and takes the trainer's (weights.py), so that what it samples from is what is trained.
+One request a prompt with n responses, its final output only, no detokenising, and no log-probabilities unless the
+objective reads them: then the event loop, which shares its process with the trainer, stays idle. An engine never reads
+weights from a file: it starts with random ones and takes the trainer's (weights.py), so that what it samples from is
+what is trained.
 """
 
 import asyncio
@@ -31,6 +32,7 @@ class Response:
 
     tokens: np.ndarray  # int32 [T], end-of-sequence token included
     finished: bool  # False: cut off at the length limit
+    logprobs: np.ndarray | None  # float32 [T], of its tokens as they were drawn, temperature included; if asked for
 
 
 @dataclass(slots=True)
@@ -50,6 +52,7 @@ class Searcher:
     devices: Sequence[str]
     temperature: float
     max_tokens: int
+    logprobs: bool = False  # ask for the responses' log-probabilities
     engines: list[Engine] = field(default_factory=list)
     requests: Iterator[int] = field(default_factory=itertools.count)
     _starts: list[Future] = field(default_factory=list)  # of the engines
@@ -100,6 +103,8 @@ class Searcher:
             n=n,
             temperature=0.0 if greedy else self.temperature,
             max_tokens=self.max_tokens,
+            logprobs=0 if self.logprobs and not greedy else None,  # 0 others beside the token's own
+            flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -108,7 +113,11 @@ class Searcher:
         with self._in_flight(engine, n):
             output = await self._request(engine, prompt, params)
         return [
-            Response(np.array(each.token_ids, dtype=np.int32), each.finish_reason != "length")
+            Response(
+                np.array(each.token_ids, dtype=np.int32),
+                each.finish_reason != "length",
+                np.array(each.logprobs.logprobs, dtype=np.float32) if params.logprobs is not None else None,
+            )
             for each in output.outputs
         ], version
 
@@ -174,6 +183,7 @@ class Searcher:
             # Of two tied matrices vLLM repacks but one on the CPU; untied it takes both, which the trainer keeps equal.
             hf_overrides={"tie_word_embeddings": False},
             max_num_seqs=MAX_IN_FLIGHT[kind],
+            logprobs_mode="processed_logprobs",
             worker_extension_cls="weights.StagingReader",
             disable_log_stats=True,
             **settings,

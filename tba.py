@@ -40,6 +40,8 @@ from searcher import Searcher, die_with_parent
 if __name__ == "__mp_main__":  # an engine's process, which imports this file when it starts
     die_with_parent()
 
+PROBE_TOKENS = 64  # on which engines and trainer are compared after each sync
+
 # What imports torch or vLLM is imported where it is first needed, so that --help and bad input are answered at once.
 
 
@@ -89,7 +91,7 @@ class Run:
         self.published_new = asyncio.Event()  # the staged weights are newer than the engines'
         self.synced = asyncio.Event()  # no sync is under way: the staging tensor may be written
         self.synced.set()
-        self.sync_ms = 0.0
+        self.last_sync: dict[str, float] = {}  # figures of the last sync
         self.searched = 0
         self.reward = 0.0  # mean over the responses that search found last
         self.found: list[Trajectory] = []  # by search since the last update
@@ -103,14 +105,16 @@ class Run:
             self.log.start_clock()
             async with asyncio.TaskGroup() as group:
                 self.group, self.evaluation = group, group.create_task(asyncio.sleep(0))
-                background = [group.create_task(self.search()), group.create_task(self.sync())]
-                await self.train()
-                await self.synced.wait()
-                for task in background:
-                    task.cancel()
+                if self.config.strict:
+                    await self.take_turns()
+                else:
+                    background = [group.create_task(self.search()), group.create_task(self.sync())]
+                    await self.train()
+                    await self.synced.wait()
+                    for task in background:
+                        task.cancel()
             if self.published < self.step:
-                await in_thread(self.train_thread, self.trainer.publish)
-                self.published = self.step
+                await self.publish()
                 await self.load_published()
             await self.evaluate()
         finally:
@@ -119,7 +123,7 @@ class Run:
     async def start(self) -> None:
         """Load the policy, start the engines, hand them its weights, and see that both agree."""
         from trainer import Trainer
-        from weights import check_agreement, share
+        from weights import share
 
         config, began = self.config, time.perf_counter()
         say(f"training on {self.train_device}, searching on {', '.join(self.search_devices)}; starting vLLM ...")
@@ -127,18 +131,21 @@ class Run:
         # One after the other: on a GPU that they share, the engine counts what is in use when it starts.
         self.trainer = await in_thread(
             self.train_thread, Trainer, self.model, OBJECTIVES[config.loss], self.train_device,
-            config.temperature, config.max_grad_norm, config.micro_batch_tokens, self.checkpoint,
+            config.temperature, config.on_policy, config.max_grad_norm, config.micro_batch_tokens, self.checkpoint,
         )  # fmt: skip
-        self.searcher = searcher = Searcher(self.search_devices, config.temperature, config.max_tokens)
+        self.searcher = searcher = Searcher(
+            self.search_devices, config.temperature, config.max_tokens, logprobs=not config.on_policy
+        )
         memory = {device: 0.4 if device == self.train_device else 0.9 for device in self.search_devices}
         if config.gpu_memory_utilization:
             memory = dict.fromkeys(memory, config.gpu_memory_utilization)
         log = self.out / "engine.log"
         await searcher.start(self.model, tokens, config.seed + self.step, memory, self.search_cores, log)
         self.trainer.staging = await share(self.trainer.policy, searcher)
-        await in_thread(self.train_thread, self.trainer.publish)
+        longest = max((prompt for _, prompt in self.problems), key=len)
+        self.probe = np.resize(longest, min(PROBE_TOKENS, tokens - 1))  # repeated where it is shorter
+        await self.publish()
         await self.load_published()
-        await check_agreement(self.trainer, searcher, self.problems[0][1])
         say(f"ready after {time.perf_counter() - began:.0f} s")
 
     # ---- search ----
@@ -151,22 +158,25 @@ class Run:
                 group.create_task(self.search_some(prompts))
 
     async def search_some(self, prompts: Iterator[int]) -> None:
-        """One prompt after another: generate, score, store."""
-        while True:
-            prompt_id = next(prompts)
-            problem, prompt = self.problems[prompt_id]
-            with self.log.span("search"):
-                responses, version = await self.searcher.generate(prompt, self.config.search_responses)
-            rewards = [self.task.reward(text, problem.answer) for text in self.texts(responses)]
-            trajectories = [
-                Trajectory(response.tokens, response.finished, reward, version)
-                for response, reward in zip(responses, rewards, strict=True)
-            ]
-            self.buffer.add(Group(prompt_id, prompt, trajectories))
-            self.found += trajectories
-            self.searched += len(trajectories)
+        """One prompt after another."""
+        for prompt_id in prompts:
+            await self.search_prompt(prompt_id)
             if self.searched >= self.config.prime and len(self.buffer.prompts) >= self.config.prompts_per_step:
                 self.primed.set()
+
+    async def search_prompt(self, prompt_id: int) -> None:
+        """Generate, score, store."""
+        problem, prompt = self.problems[prompt_id]
+        with self.log.span("search"):
+            responses, version = await self.searcher.generate(prompt, self.config.search_responses)
+        rewards = [self.task.reward(text, problem.answer) for text in self.texts(responses)]
+        trajectories = [
+            Trajectory(response.tokens, response.finished, reward, version, response.logprobs)
+            for response, reward in zip(responses, rewards, strict=True)
+        ]
+        self.buffer.add(Group(prompt_id, prompt, trajectories))
+        self.found += trajectories
+        self.searched += len(trajectories)
 
     def shuffled_prompts(self) -> Iterator[int]:
         """Ids of the training prompts without end, in a new order each time round."""
@@ -183,30 +193,54 @@ class Run:
 
     async def train(self) -> None:
         """Update the policy, one update after another; only the first waits, for the buffer to be primed."""
-        config = self.config
         await self.primed.wait()
-        recorded, self.found = (self.log.time, self.searcher.busy_seconds), []
-        while self.step < config.steps:
-            groups = self.buffer.sample(config.prompts_per_step, config.responses_per_prompt, config.on_policy_prob)
-            beta, lr = config.beta_at(self.step), config.lr_at(self.step)
-            began = self.log.time
-            with self.log.span("train"):
-                figures = await in_thread(self.train_thread, self.trainer.update, groups, beta, lr)
-            recorded = self.record(groups, figures | {"lr": lr, "beta": beta}, self.log.time - began, *recorded)
-            if self.step - self.published >= config.sync_every and self.synced.is_set():
+        self.recorded, self.found = (self.log.time, self.searcher.busy_seconds), []
+        while self.step < self.config.steps:
+            await self.update()
+            if self.sync_due and self.synced.is_set():
                 self.synced.clear()
-                await in_thread(self.train_thread, self.trainer.publish)
-                self.published = self.step
+                await self.publish()
                 self.published_new.set()
-            due = config.eval_every and self.step % config.eval_every == 0 and self.step < config.steps
-            if due and self.evaluation.done():  # one at a time: else this one is left out
+            if self.evaluation_due and self.evaluation.done():  # one at a time: else this one is left out
                 self.evaluation = self.group.create_task(self.evaluate())
-            if config.save_every and self.step % config.save_every == 0:
-                await in_thread(self.train_thread, self.save)
 
-    def record(self, groups: list[Group], figures: dict, worked: float, since: float, busy: float) -> tuple:
+    async def take_turns(self) -> None:
+        """Search B prompts, update the policy on what was found, sync, and so on: nothing at the same time."""
+        prompts = self.shuffled_prompts()
+        self.recorded = self.log.time, self.searcher.busy_seconds
+        while self.step < self.config.steps:
+            self.buffer.start_window()
+            chosen: dict[int, None] = {}
+            while len(chosen) < self.config.prompts_per_step:
+                chosen[next(prompts)] = None
+            async with asyncio.TaskGroup() as group:
+                for prompt_id in chosen:
+                    group.create_task(self.search_prompt(prompt_id))
+            await self.update()
+            if self.sync_due:
+                await self.publish()
+                await self.load_published()
+            if self.evaluation_due:
+                await self.evaluate()
+
+    async def update(self) -> None:
+        """Sample a batch, update the policy on it, record it, and save a checkpoint where one is due."""
+        config, step = self.config, self.step
+        if config.reference_reset and step and step % config.reference_reset == 0:
+            await in_thread(self.train_thread, self.trainer.reset_reference)
+        groups = self.buffer.sample(config.prompts_per_step, config.responses_per_prompt, config.on_policy_prob)
+        beta, lr = config.beta_at(step), config.lr_at(step)
+        began = self.log.time
+        with self.log.span("train"):
+            figures = await in_thread(self.train_thread, self.trainer.update, groups, beta, lr)
+        self.record(groups, figures | {"lr": lr, "beta": beta}, self.log.time - began)
+        if config.save_every and self.step % config.save_every == 0:
+            await in_thread(self.train_thread, self.save)
+
+    def record(self, groups: list[Group], figures: dict, worked: float) -> None:
         """Count an update and write its metrics: rates and shares are of the time since the last update's end."""
-        now, busy_now = self.log.time, self.searcher.busy_seconds
+        since, busy = self.recorded
+        self.recorded = now, busy_now = self.log.time, self.searcher.busy_seconds
         passed, found, self.found = now - since, self.found, []
         self.reward = float(np.mean([t.reward for t in found])) if found else self.reward
         trained = figures.pop("tokens")
@@ -217,12 +251,15 @@ class Run:
             "train_tokens_per_s": trained / passed,
             "search_idle": max(0.0, 1 - (busy_now - busy) / passed),
             "train_idle": max(0.0, 1 - worked / passed),
-            "sync_ms": self.sync_ms,
-        }
+        } | self.last_sync
         prompt = self.problems[groups[0].prompt_id][0].prompt
         self.log.update(self.step, {"reward": self.reward} | figures | rates, groups, prompt, self.texts)
         self.step += 1
-        return now, busy_now
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether an evaluation is, after this update; the last is `main`'s."""
+        return self.config.eval_every and self.step % self.config.eval_every == 0 and self.step < self.config.steps
 
     def save(self) -> None:
         """Write a checkpoint of this step, unless there is one."""
@@ -232,22 +269,40 @@ class Run:
 
     # ---- sync ----
 
+    @property
+    def sync_due(self) -> bool:
+        """Whether the engines' weights are k updates old."""
+        return self.step - self.published >= self.config.sync_every
+
+    async def publish(self) -> None:
+        """Stage the policy's weights, and note what they give the probe."""
+        self.expected = await in_thread(self.train_thread, self.trainer.publish, self.probe)
+        self.published = self.step
+
     async def sync(self) -> None:
         """Carry staged weights to the engines, while the trainer goes on and sequences in flight go on with them."""
         while True:
             await self.published_new.wait()
             self.published_new.clear()
-            began = self.log.time
-            with self.log.span("sync"):
-                await self.load_published()
-            self.sync_ms = 1000 * (self.log.time - began)
-            self.buffer.start_window()
+            await self.load_published()
             self.synced.set()
 
     async def load_published(self) -> None:
-        """Let the engines take the staged weights, once the copy is done."""
-        await asyncio.to_thread(self.trainer.staging.wait)
-        await self.searcher.load_staging(self.published)
+        """Let the engines take the staged weights, once the copy is done, and see that they give what the policy gives.
+
+        Raises:
+            RuntimeError: they do not, by more than rounding: at the start always, later with --check-sync.
+        """
+        began = self.log.time
+        with self.log.span("sync"):
+            await asyncio.to_thread(self.trainer.staging.wait)
+            await self.searcher.load_staging(self.published)
+        seconds = self.log.time - began
+        self.buffer.start_window()
+        from weights import AGREE, compare
+
+        limit = AGREE[self.trainer.staging.flat.dtype] if self.config.check_sync or not self.last_sync else float("inf")
+        self.last_sync = await compare(self.searcher, self.probe, self.expected, limit) | {"sync_ms": 1000 * seconds}
 
     # ---- evaluate ----
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from buffer import Group, Trajectory
+from loss import Batch
 from packing import Packed, pack
 from weights import Staging
 
@@ -30,6 +31,7 @@ class Trainer:
         objective: one of `loss.OBJECTIVES`.
         device: where policy and reference live.
         temperature: of the sampling; logits are divided by it, the policy's and the reference's alike.
+        on_policy: treat every response as written by the policy that is trained; else responses need `logprobs`.
         max_grad_norm: the gradient is scaled down to this norm where it is larger.
         micro_batch_tokens: a forward pass holds whole groups of at most so many tokens (one group may hold more).
         checkpoint_dir: go on from this folder, written by `save`.
@@ -41,16 +43,18 @@ class Trainer:
         objective: Callable,
         device: str,
         temperature: float = 1.0,
+        on_policy: bool = True,
         max_grad_norm: float = 1.0,
         micro_batch_tokens: int = 16384,
         checkpoint_dir: Path | None = None,
     ):
         device = torch.device(device)
         self.objective, self.device, self.temperature = objective, device, temperature
-        self.max_grad_norm, self.micro_batch_tokens = max_grad_norm, micro_batch_tokens
+        self.on_policy, self.max_grad_norm, self.micro_batch_tokens = on_policy, max_grad_norm, micro_batch_tokens
         compute = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.policy = load_model(checkpoint_dir or model, torch.float32, device)
-        self.reference = load_model(model, compute, device)
+        self.ref_version = int(bool(checkpoint_dir) and (checkpoint_dir / "reference").is_dir())  # resets so far
+        self.reference = load_model(checkpoint_dir / "reference" if self.ref_version else model, compute, device)
         self.flex = self.policy.config._attn_implementation == "flex_attention"
         self.reference.requires_grad_(False)
         for each in (self.policy, self.reference):
@@ -64,13 +68,9 @@ class Trainer:
         if checkpoint_dir:
             self._load_optimizer(checkpoint_dir)
 
-    def logprobs(self, model: PreTrainedModel, batch: Packed) -> tuple[Tensor, Tensor]:
-        """(log pi(y|x) of the batch's distinct responses [U], sums over a response's tokens; mean entropy of the next
-        token, a scalar), in nats."""
-        logprobs_N, entropy_N = self._token_logprobs(model, batch, self.temperature)
-        return logprobs_N.new_zeros(len(batch.responses)).index_add(0, batch.owner, logprobs_N), entropy_N.mean()
-
-    def _token_logprobs(self, model: PreTrainedModel, batch: Packed, temperature: float) -> tuple[Tensor, Tensor]:
+    def logprobs(self, model: PreTrainedModel, batch: Packed, temperature: float) -> tuple[Tensor, Tensor]:
+        """(log-probability of each token of the batch's responses [N], entropy of what it was drawn from [N]), in
+        nats."""
         with self.autocast:
             hidden = model.base_model(
                 input_ids=batch.tokens, position_ids=batch.positions, attention_mask=batch.mask, use_cache=False
@@ -82,20 +82,30 @@ class Trainer:
     def token_logprobs(self, tokens: np.ndarray) -> np.ndarray:
         """Log-probability of each token of a sequence but the first [T-1] under the policy, at temperature 1."""
         rest = Trajectory(tokens[1:], finished=True, reward=0.0, version=0)
-        logprobs_N, _ = self._token_logprobs(
-            self.policy, pack([Group(0, tokens[:1], [rest])], self.device, self.flex), 1.0
-        )
+        batch = pack([Group(0, tokens[:1], [rest])], self.device, self.flex)
+        logprobs_N, _ = self.logprobs(self.policy, batch, temperature=1.0)
         return logprobs_N.cpu().numpy()
 
     @torch.no_grad()
     def score_reference(self, groups: list[Group]) -> None:
-        """Set `ref_logprob` of the responses that have none yet: each is computed once, when it is first trained on."""
-        new = [Group(g.prompt_id, g.prompt, [r for r in g.responses if r.ref_logprob is None]) for g in groups]
+        """Set `ref_logprobs` of the responses that have none of this reference: each is computed once, when it is first
+        trained on, and once more when it is first trained on after a reset."""
+
+        def lacks(response: Trajectory) -> bool:
+            return response.ref_logprobs is None or response.ref_version != self.ref_version
+
+        new = [Group(g.prompt_id, g.prompt, [r for r in g.responses if lacks(r)]) for g in groups]
         for micro in micro_batches([group for group in new if group.responses], self.micro_batch_tokens):
             batch = pack(micro, self.device, self.flex)
-            logprobs_U, _ = self.logprobs(self.reference, batch)
-            for response, logprob in zip(batch.responses, logprobs_U.tolist(), strict=True):
-                response.ref_logprob = logprob
+            logprobs_N, _ = self.logprobs(self.reference, batch, self.temperature)
+            ends = np.cumsum([len(response.tokens) for response in batch.responses])
+            for response, logprobs in zip(batch.responses, np.split(logprobs_N.cpu().numpy(), ends[:-1]), strict=True):
+                response.ref_logprobs, response.ref_version = logprobs, self.ref_version
+
+    def reset_reference(self) -> None:
+        """Let the policy as it is now be the reference."""
+        self.reference.load_state_dict(self.policy.state_dict())
+        self.ref_version += 1
 
     def update(self, groups: list[Group], beta: float, lr: float) -> dict[str, float]:
         """One optimiser step on B groups of K responses.
@@ -108,17 +118,12 @@ class Trainer:
         totals, tokens = torch.zeros(3, device=self.device), 0
         for micro in micro_batches(groups, self.micro_batch_tokens):
             batch, share = pack(micro, self.device, self.flex), len(micro) / len(groups)
-            place = {id(response): u for u, response in enumerate(batch.responses)}
-            index_BK = torch.tensor([[place[id(r)] for r in g.responses] for g in micro], device=self.device)
-            ref_U, rewards_U = (
-                torch.tensor([getattr(r, name) for r in batch.responses], device=self.device)
-                for name in ("ref_logprob", "reward")
-            )
-            logprobs_U, entropy = self.logprobs(self.policy, batch)
-            logprobs_BK, ref_BK = logprobs_U[index_BK], ref_U[index_BK]
-            loss = self.objective(logprobs_BK, ref_BK, rewards_U[index_BK], beta)
+            logprobs_N, entropy_N = self.logprobs(self.policy, batch, self.temperature)
+            data = self._batch(micro, batch, logprobs_N)
+            loss = self.objective(data, beta)
             (loss * share).backward()
-            totals += share * torch.stack([loss.detach(), (logprobs_BK.detach() - ref_BK).mean(), entropy.detach()])
+            kl = (data.logprobs_BKT.detach() - data.ref_BKT).sum(-1).mean()
+            totals += share * torch.stack([loss.detach(), kl, entropy_N.detach().mean()])
             tokens += batch.read
         grad_norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
         self.optimizer.param_groups[0]["lr"] = lr
@@ -129,9 +134,28 @@ class Trainer:
         loss, kl, entropy, grad_norm = [*totals.tolist(), float(grad_norm)]
         return {"loss": loss, "kl": kl, "entropy": entropy, "grad_norm": grad_norm, "tokens": tokens}
 
-    def publish(self) -> None:
-        """Copy the policy's weights to where the engines take them from."""
+    def _batch(self, groups: list[Group], packed: Packed, logprobs_N: Tensor) -> Batch:
+        """What the objective reads, each group with its K responses, those that it holds several times included."""
+        place = {id(response): u for u, response in enumerate(packed.responses)}
+        index_BK = torch.tensor([[place[id(r)] for r in g.responses] for g in groups], device=self.device)
+
+        def stored_N(name: str) -> Tensor:
+            return torch.from_numpy(np.concatenate([getattr(r, name) for r in packed.responses])).to(self.device)
+
+        behaviour_N = logprobs_N.detach() if self.on_policy else stored_N("logprobs")
+        per_token = (logprobs_N, stored_N("ref_logprobs"), behaviour_N, torch.ones_like(logprobs_N))
+        rewards = [response.reward for response in packed.responses]
+        rewards_U = torch.tensor(rewards, dtype=torch.float32, device=self.device)  # whole numbers too
+        return Batch(*(packed.padded(each)[index_BK] for each in per_token), rewards_U[index_BK])
+
+    def publish(self, probe: np.ndarray) -> np.ndarray:
+        """Copy the policy's weights to where the engines take them from.
+
+        Returns:
+            What this policy gives the tokens of `probe`, as `token_logprobs` does: the engines are to give the same.
+        """
         self.staging.fill(self.policy)
+        return self.token_logprobs(probe)
 
     def export(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write the policy as a Hugging Face folder."""
@@ -139,9 +163,12 @@ class Trainer:
         tokenizer.save_pretrained(folder)
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write a checkpoint: the policy as a Hugging Face folder, and the optimiser beside it."""
+        """Write a checkpoint: the policy as a Hugging Face folder, beside it the optimiser, and the reference where it
+        was reset."""
         unfinished = folder.with_name(folder.name + ".tmp")
         self.export(unfinished, tokenizer)
+        if self.ref_version:
+            self.reference.save_pretrained(unfinished / "reference")
         state = self.optimizer.state_dict()["state"]
         moments = {f"{i}.{name}": tensor for i, tensors in state.items() for name, tensor in tensors.items()}
         save_file({name: tensor.contiguous() for name, tensor in moments.items()}, unfinished / "optimizer.safetensors")
@@ -203,13 +230,14 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def token_logprobs(head: nn.Module, hidden_NH: Tensor, target_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and entropy of its distribution [N], in fp32, in nats.
+    """Log-probability of each target and entropy of its distribution [N], in fp32 or better, in nats.
 
     In chunks of `CHUNK` logits. Where there are several, each is computed anew in the backward pass.
     """
 
     def of_chunk(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(hidden).float() / temperature
+        logits = head(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         log_z = logits.logsumexp(-1)
         with torch.no_grad():
             entropy = log_z - ((logits - log_z[:, None]).exp() * logits).sum(-1)

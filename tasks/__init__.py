@@ -1,6 +1,6 @@
 """Tasks: one module each, with
 
-    defaults                        settings that differ from `Config`'s, by field name
+    Settings                        a subclass of `config.Config`: the task's defaults, and settings of its own
     problems(split, config)         the "train" or "test" problems, a sequence of `Problem`
     reward(response, answer)        the reward of one response's text, a float
     prepare(config)                 optional: makes the model that the default `model` stands for, returns its folder

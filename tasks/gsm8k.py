@@ -10,34 +10,42 @@ The defaults are the paper's for 4 GPUs: 40 to 55 % of the test problems in 700 
 
 import json
 import re
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from config import Config
 from tasks import Problem
 
-defaults = dict(
-    model="realtreetune/rho-1b-sft-GSM8K",
-    data="openai/gsm8k",
-    steps=1000,
-    prompts_per_step=7,
-    responses_per_prompt=20,
-    search_responses=24,
-    lr=1e-5,
-    lr_warmup=50,
-    lr_decay=500,
-    beta=0.012,
-    beta_final=0.004,
-    beta_steps=500,
-    temperature=0.7,
-    max_tokens=512,
-    sync_every=2,
-    on_policy_prob=0.95,
-    prime=500,
-    eval_every=100,
-    eval_prompts=1319,
-    eval_samples=4,
-    save_every=100,
-)
+
+@dataclass(frozen=True)
+class Settings(Config):
+    """Post-train a language model on GSM8K, searching and training at once."""
+
+    model: str = "realtreetune/rho-1b-sft-GSM8K"
+    data: str = "openai/gsm8k"
+    steps: int = 1000
+    prompts_per_step: int = 7
+    responses_per_prompt: int = 20
+    search_responses: int = 24
+    lr: float = 1e-5
+    lr_schedule: str = "wsd"
+    lr_warmup: int = 50
+    lr_decay: int = 500
+    beta: float = 0.012
+    beta_schedule: str = "linear"
+    beta_final: float = 0.004
+    beta_steps: int = 500
+    temperature: float = 0.7
+    max_tokens: int = 512
+    sync_every: int = 2
+    on_policy_prob: float = 0.95
+    prime: int = 500
+    eval_every: int = 100
+    eval_prompts: int = 1319
+    eval_samples: int = 4
+    save_every: int = 100
+
 
 PROMPT = "[MATH_TASK] Problem:\n{question}\n\nSolution:"
 # An optional sign (not the minus of 10-5), an optional $, 1,234.50 | 12 | 12.5 | .5, and the rest of a fraction 3/4
@@ -45,7 +53,7 @@ NUMBER = re.compile(r"((?<![\w.)])[-+])?\$?((?:\d{1,3}(?:,\d{3})+(?!\d|,\d)|\d+)
 LONGEST = 100  # characters of a number: a longer one is no answer, and costs time
 
 
-def problems(split: str, config) -> list[Problem]:
+def problems(split: str, config: Settings) -> list[Problem]:
     """The "train" (7,473) or "test" (1,319) problems.
 
     Raises:

@@ -1,6 +1,7 @@
 """Bad input gets one line that names the field, its value and what is allowed, before anything is loaded."""
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sys
 import pytest
 
 from config import AT_LEAST, AT_MOST, POSITIVE, parse
+from loss import IMPORTANCE_WEIGHTED, OBJECTIVES
 from machine import devices
 
 TOO_SMALL = [
@@ -19,7 +21,15 @@ BAD = [
     *((name, value) for name in POSITIVE for value in (0.0, -1.0, "nan", "inf")),
     ("on_policy_prob", "nan"),
     ("beta_final", "inf"),
-    ("beta_final", 0.1),  # without beta_steps
+    ("beta_final", 0.1),  # without a beta_schedule
+    ("beta_steps", 9),
+    ("beta_schedule", "linear"),  # without beta_steps
+    ("beta_schedule", "quadratic"),
+    ("beta", 0.0),  # by which tb divides
+    ("beta", "nan"),
+    ("lr_schedule", "cosine"),
+    ("lr_schedule", "wsd"),  # without lr_decay
+    ("lr_decay", 5),  # without wsd
     ("evict", "random"),
     ("replay", "newest"),
     ("loss", "ppo"),
@@ -36,7 +46,8 @@ def test_out_of_range_is_refused(name, value):
         parse([f"--{name.replace('_', '-')}={value}"])
     message = str(refusal.value)
     assert "\n" not in message and "must be" in message
-    assert message.startswith(f"{name} is ") or (name, value) == ("beta_final", 0.1)
+    related = {"beta_schedule": "beta_steps", "lr_schedule": "lr_decay"}
+    assert message.startswith((f"{name} is ", f"{related.get(name, name)} is "))
 
 
 @pytest.mark.parametrize(
@@ -47,6 +58,8 @@ def test_out_of_range_is_refused(name, value):
         (["--search-devices", "cuda:1", "cuda:1"], "search_devices is .* devices that differ"),
         (["--steps", "many"], "--steps"),
         (["--stepz", "3"], "--stepz"),
+        (["--numbers", "7"], "--numbers"),
+        (["--task", "gsm8k", "--numbers", "4"], "--numbers"),
         (["--search-responses", "4"], "search_responses is 4: it must be at least responses_per_prompt, 16"),
         (["--resume", "nowhere"], "nowhere"),
     ],
@@ -80,6 +93,7 @@ def test_a_flag_beats_the_task_which_beats_the_field():
     assert parse(["--task", "gsm8k"]).responses_per_prompt == 20
     assert parse(["--task", "gsm8k", "--steps", "7"]).steps == 7
     assert parse(["--steps", "7", "--task=gsm8k"]).lr_decay == 500
+    assert parse(["--numbers", "4"]).numbers == 4
     assert parse(["--search-devices", "cuda:1", "cuda:2"]).search_devices == ("cuda:1", "cuda:2")
 
 
@@ -109,8 +123,39 @@ def test_help_shows_every_field_with_the_tasks_default():
 
 
 def test_a_run_cut_short_still_reaches_its_learning_rate():
-    config = parse(["--steps", "100"])  # the task's decay is longer than that
-    assert config.lr_at(0) == config.lr and 0 < config.lr_at(99) < 0.02 * config.lr
+    config = parse(["--task", "gsm8k", "--steps", "100", "--lr-warmup", "0"])  # the task's decay is longer than that
+    assert config.lr_at(0) == config.lr and 0 < config.lr_at(98) < 0.02 * config.lr and config.lr_at(99) == 0
+
+
+@pytest.mark.parametrize("schedule", [["linear"], ["wsd", "--lr-decay", "7"]])
+def test_the_learning_rate_rises_and_ends_at_0_on_the_last_update(schedule):
+    config = parse(["--steps", "20", "--lr-warmup", "4", "--lr-schedule", *schedule])
+    rates = [config.lr_at(step) for step in range(20)]
+    assert rates[:4] == pytest.approx([config.lr * part for part in (0.25, 0.5, 0.75, 1)], rel=0.3)
+    assert max(rates) == config.lr and rates[-1] == 0 < rates[-2]
+    assert all(a > b for a, b in itertools.pairwise(rates[13:]))
+
+
+def test_strict_is_on_policy_unless_told_otherwise():
+    config = parse(["--strict"])
+    assert (config.strict, config.sync_every, config.on_policy_prob, config.prime) == (True, 1, 1.0, 0)
+    config = parse(["--strict", "--on-policy-prob", "0.5", "--sync-every", "4"])
+    assert (config.strict, config.sync_every, config.on_policy_prob) == (True, 4, 0.5)
+    assert not parse([]).strict and parse([]).sync_every == 2
+
+
+def test_search_is_asked_for_log_probabilities_only_where_they_are_read():
+    asking = {name for name in OBJECTIVES if not parse(["--loss", name]).on_policy}
+    assert asking == IMPORTANCE_WEIGHTED == {"tb_prime", "rloo", "grpo", "dr_grpo", "cispo"}
+    assert parse(["--loss", "tb_prime", "--no-importance-ratio"]).on_policy
+
+
+def test_an_objective_that_does_not_divide_by_beta_may_do_without():
+    assert parse(["--loss", "dr_grpo", "--beta", "0"]).beta == 0
+    annealed = ["--beta-schedule", "cosine", "--beta-steps", "9"]
+    assert parse(["--loss", "grpo", *annealed]).beta_final == 0
+    with pytest.raises(ValueError, match=r"beta_final is 0\.0: it must be above 0 with loss tb"):
+        parse(annealed)
 
 
 def test_of_several_gpus_the_first_trains_and_the_others_search(monkeypatch):

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from buffer import Group, Trajectory
 from loss import tb
 from machine import cores
+from packing import pack
 from searcher import Searcher
 from trainer import Trainer
-from weights import share
+from weights import AGREE, compare, share
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these engines are the CPU build's")
 ARCHITECTURES = [("llama", False), ("llama", True), ("gpt_neox", False), ("gpt2", True)]
@@ -20,22 +22,32 @@ def difference(found: list[tuple[str, np.ndarray]], expected: np.ndarray) -> flo
     return max(float(np.abs(each - expected).max()) for _, each in found)
 
 
+def drawn_from(trainer: Trainer, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
+    """Log-probability of each token of a response, at the trainer's temperature."""
+    batch = pack([Group(0, prompt, [Trajectory(response, True, 0.0, 0)])], trainer.device)
+    with torch.no_grad():
+        return trainer.logprobs(trainer.policy, batch, trainer.temperature)[0].numpy()
+
+
 @pytest.mark.parametrize(("architecture", "tie"), ARCHITECTURES)
 def test_engine_and_trainer_agree_after_a_sync(make_model, tokenizer, tmp_path, architecture, tie):
     folder = str(make_model(architecture, tie))
-    trainer = Trainer(folder, tb, "cpu")
+    trainer = Trainer(folder, tb, "cpu", temperature=0.7)
     prompt = np.array(tokenizer("How many clips did Natalia sell?").input_ids, dtype=np.int32)
 
     async def check() -> None:
-        searcher = Searcher(["cpu"], temperature=1.0, max_tokens=16)
+        searcher = Searcher(["cpu"], temperature=0.7, max_tokens=16, logprobs=True)
         try:
             await searcher.start(folder, 128, 0, {}, cores()[1], tmp_path / "engine.log")
             trainer.staging = await share(trainer.policy, searcher)
-            trainer.publish()
+            trainer.publish(prompt)
             await searcher.load_staging(0)
             responses, version = await searcher.generate(prompt, 8)
             assert version == 0 and len(responses) == 8
             assert len({r.tokens.tobytes() for r in responses}) > 1
+            for r in responses:  # what the trainer reads as the behaviour policy: temperature is in it
+                assert np.abs(r.logprobs - drawn_from(trainer, prompt, r.tokens)).max() < 1e-4
+            assert (await searcher.generate(prompt, 1, greedy=True))[0][0].logprobs is None
             tokens = np.concatenate([prompt, responses[0].tokens])
             first = trainer.token_logprobs(tokens)
             assert difference(await searcher.prompt_logprobs(tokens), first) < 1e-4
@@ -47,7 +59,7 @@ def test_engine_and_trainer_agree_after_a_sync(make_model, tokenizer, tmp_path, 
             assert np.abs(second - first).max() > 0.1  # or nothing is shown
             running = asyncio.create_task(searcher.generate(prompt, 200))
             await asyncio.sleep(0.01)
-            trainer.publish()
+            trainer.publish(prompt)
             assert searcher.engines[0].in_flight == 200
             await searcher.load_staging(7)
             assert not running.done()
@@ -58,7 +70,10 @@ def test_engine_and_trainer_agree_after_a_sync(make_model, tokenizer, tmp_path, 
 
             trainer.staging.flat[len(trainer.staging.flat) // 2 :].zero_()  # a spoiled weight is seen
             await searcher.load_staging(8)
-            assert difference(await searcher.prompt_logprobs(tokens), second) > 1e-2
+            with pytest.raises(RuntimeError, match="on cpu and the trainer differ by"):
+                await compare(searcher, tokens, second, AGREE[torch.float32])
+            figures = await compare(searcher, tokens, second, float("inf"))
+            assert 1e-2 < figures["sync_diff_mean"] < figures["sync_diff_max"]
         finally:
             searcher.shutdown()
 
@@ -78,7 +93,7 @@ def test_two_engines_share_the_requests_and_responses_end_where_they_should(make
         try:
             await searcher.start(folder, 64, 0, {}, cores()[1], tmp_path / "engine.log")
             trainer.staging = await share(trainer.policy, searcher)
-            trainer.publish()
+            trainer.publish(prompt)
             await searcher.load_staging(0)
             requests = [asyncio.create_task(searcher.generate(prompt, 4)) for _ in range(2)]
             await asyncio.sleep(0)
@@ -97,5 +112,6 @@ def test_two_engines_share_the_requests_and_responses_end_where_they_should(make
             assert (response.tokens[-1] == end) == response.finished
             assert end not in response.tokens[:-1]
             assert response.finished or len(response.tokens) == 8
+            assert response.logprobs is None  # not asked for, not paid for
 
     asyncio.run(check())

@@ -1,59 +1,246 @@
-"""The objective against its definition, by autograd in float64."""
+"""Every objective against its definition, by autograd in float64, and what each must not depend on."""
 
+import dataclasses
+
+import pytest
 import torch
 
-from loss import tb
+from loss import DIVIDE_BY_BETA, IMPORTANCE_WEIGHTED, OBJECTIVES, Batch, tb, tb_prime
 
-B, K, BETA = 3, 5, 0.3
+B, K, T, BETA = 3, 5, 4, 0.3
+every_objective = pytest.mark.parametrize("name", OBJECTIVES)
 
 
-def batch(seed: int = 0):
+def make_batch(seed: int = 0, spread: float = 1.0) -> Batch:
+    """Responses of 1 to T tokens whose policy, reference and behaviour differ by `spread`."""
     torch.manual_seed(seed)
-    logprobs, ref = -5 * torch.rand(2, B, K, dtype=torch.float64)
-    return logprobs.requires_grad_(), ref, torch.rand(B, K, dtype=torch.float64)
+    mask = (torch.arange(T) < torch.randint(1, T + 1, (B, K, 1))).double()
+    base = -3 * torch.rand(B, K, T, dtype=torch.float64)
+    policy, ref, behaviour = ((base + spread * torch.randn_like(base)) * mask for _ in range(3))
+    return Batch(policy.requires_grad_(), ref, behaviour, mask, torch.rand(B, K, dtype=torch.float64))
 
 
-def gradient(logprobs, ref, rewards, beta=BETA):
-    return torch.autograd.grad(tb(logprobs, ref, rewards, beta), logprobs)[0]
+def gradient(name: str, batch: Batch, beta: float = BETA) -> torch.Tensor:
+    """Of the tokens' log-probabilities; the padding's are constants, whatever flows there."""
+    return torch.autograd.grad(OBJECTIVES[name](batch, beta), batch.logprobs_BKT)[0] * batch.mask_BKT
 
 
-def test_value_is_the_definition():
-    logprobs, ref, rewards = batch()
+def changed(batch: Batch, **fields) -> Batch:
+    return dataclasses.replace(batch, **fields)
+
+
+def each_tensor(batch: Batch, change) -> Batch:
+    values = (change(getattr(batch, field.name).detach()) for field in dataclasses.fields(batch))
+    policy, *rest = values
+    return Batch(policy.requires_grad_(), *rest)
+
+
+# ---- the definitions, response by response and token by token ----
+
+
+def definition(name: str, batch: Batch, beta: float) -> torch.Tensor:
     total = 0.0
     for i in range(B):
-        d = [(logprobs[i, j] - ref[i, j] - rewards[i, j] / BETA).item() for j in range(K)]
-        log_z = -sum(d) / K
-        total += sum((log_z + each) ** 2 for each in d)
-    torch.testing.assert_close(tb(logprobs, ref, rewards, BETA).item(), BETA / 2 * total / (B * K))
+        lengths = [int(n) for n in batch.mask_BKT[i].sum(-1)]
+        pi, ref, mu = (
+            [values[i, j, : lengths[j]] for j in range(K)]
+            for values in (batch.logprobs_BKT, batch.ref_BKT, batch.behaviour_BKT)
+        )
+        r = [float(reward) for reward in batch.rewards_BK[i]]
+        mean = sum(r) / K
+        std = (sum((each - mean) ** 2 for each in r) / K) ** 0.5
+        total = total + DEFINITIONS[name](pi, ref, mu, r, mean, std, lengths, beta) / B
+    return total
 
 
-def test_gradient_is_the_policy_gradient():
-    logprobs, ref, rewards = batch()
-    k = (logprobs - ref).detach()
-    advantage = rewards - rewards.mean(1, keepdim=True) - BETA * (k - k.mean(1, keepdim=True))
-    torch.testing.assert_close(gradient(logprobs, ref, rewards), -advantage / (B * K))
+def define_tb(pi, ref, mu, r, mean, std, lengths, beta):
+    d = [pi[j].sum() - ref[j].sum() - r[j] / beta for j in range(K)]
+    log_z = -sum(each.item() for each in d) / K
+    return beta / 2 * sum((log_z + each) ** 2 for each in d) / K
 
 
-def test_gradient_does_not_grow_as_beta_is_annealed():
-    logprobs, ref, rewards = batch()
-    small, smaller = gradient(logprobs, ref, rewards, 1e-3), gradient(logprobs, ref, rewards, 1e-6)
-    torch.testing.assert_close(small, smaller, atol=1e-3, rtol=0)
+def define_tb_prime(pi, ref, mu, r, mean, std, lengths, beta):
+    k = [sum(min(max((a - b).item(), -10), 10) for a, b in zip(pi[j], ref[j], strict=True)) for j in range(K)]
+    loss = 0.0
+    for j in range(K):
+        advantage = (r[j] - mean) - beta * (k[j] - sum(k) / K)
+        for t in range(lengths[j]):
+            ratio = (pi[j][t] - mu[j][t]).exp()
+            loss = loss - (ratio if ratio < 8 else 8.0) * advantage / K
+    return loss
 
 
-def test_a_shift_of_the_rewards_of_a_group_changes_nothing():
-    logprobs, ref, rewards = batch()
-    shift = torch.tensor([[10.0], [-3.0], [0.5]], dtype=torch.float64)
-    torch.testing.assert_close(gradient(logprobs, ref, rewards + shift), gradient(logprobs, ref, rewards))
+def define_rloo(pi, ref, mu, r, mean, std, lengths, beta):
+    paid = [r[j] - beta * (mu[j].sum() - ref[j].sum()).item() for j in range(K)]
+    loss = 0.0
+    for j in range(K):
+        advantage = paid[j] - sum(paid[i] for i in range(K) if i != j) / (K - 1)
+        loss = loss - clipped((pi[j].sum() - mu[j].sum()).exp(), advantage) / K
+    return loss
 
 
-def test_groups_are_kept_apart():
-    logprobs, ref, rewards = batch()
-    alone = gradient(logprobs[:1].detach().requires_grad_(), ref[:1], rewards[:1])
-    torch.testing.assert_close(gradient(logprobs, ref, rewards)[:1], alone / B)
+def define_grpo(pi, ref, mu, r, mean, std, lengths, beta):
+    return -sum(per_token(pi, ref, mu, j, (r[j] - mean) / (std + 1e-4), beta) / lengths[j] for j in range(K)) / K
 
 
-def test_zero_on_the_optimum_whatever_the_responses():
-    _, ref, rewards = batch()
-    optimum = (ref + rewards / BETA - 7.0).requires_grad_()  # log pi* up to log Z
-    assert tb(optimum, ref, rewards, BETA).item() < 1e-20
-    assert gradient(optimum, ref, rewards).abs().max() < 1e-10
+def define_dr_grpo(pi, ref, mu, r, mean, std, lengths, beta):
+    return -sum(per_token(pi, ref, mu, j, r[j] - mean, beta) for j in range(K)) / K
+
+
+def define_cispo(pi, ref, mu, r, mean, std, lengths, beta):
+    loss = 0.0
+    for j in range(K):
+        for a, b, c in zip(pi[j], ref[j], mu[j], strict=True):
+            weight = min((a - c).exp().item(), 5.0) * (r[j] - mean) / (std + 1e-4)
+            loss = loss - weight * a + beta * ((b - a).exp() - (b - a) - 1)
+    return loss / sum(lengths)
+
+
+def define_online_dpo(pi, ref, mu, r, mean, std, lengths, beta):
+    best, worst = r.index(max(r)), r.index(min(r))
+    margin = (pi[best].sum() - ref[best].sum()) - (pi[worst].sum() - ref[worst].sum())
+    return -torch.nn.functional.logsigmoid(beta * margin)
+
+
+def clipped(ratio, advantage):
+    return torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+
+
+def per_token(pi, ref, mu, j, advantage, beta):
+    terms = zip(pi[j], ref[j], mu[j], strict=True)
+    return sum(clipped((a - c).exp(), advantage) - beta * ((b - a).exp() - (b - a) - 1) for a, b, c in terms)
+
+
+DEFINITIONS = {
+    "tb": define_tb, "tb_prime": define_tb_prime, "rloo": define_rloo, "grpo": define_grpo, "dr_grpo": define_dr_grpo,
+    "cispo": define_cispo, "online_dpo": define_online_dpo,
+}  # fmt: skip
+
+
+@every_objective
+@pytest.mark.parametrize("spread", [0.05, 1.0, 4.0])  # nothing clipped, some of it, most of it
+def test_value_and_gradient_are_the_definition(name, spread):
+    batch = make_batch(spread=spread)
+    expected = definition(name, batch, BETA)
+    torch.testing.assert_close(OBJECTIVES[name](batch, BETA), expected)
+    torch.testing.assert_close(gradient(name, batch), torch.autograd.grad(expected, batch.logprobs_BKT)[0])
+
+
+# ---- trajectory balance ----
+
+
+def test_gradient_of_tb_is_the_policy_gradient():
+    batch = make_batch()
+    k_BK = (batch.logprobs_BKT - batch.ref_BKT).sum(-1).detach()
+    r_BK = batch.rewards_BK
+    advantage_BK = r_BK - r_BK.mean(1, keepdim=True) - BETA * (k_BK - k_BK.mean(1, keepdim=True))
+    expected = -advantage_BK[..., None] * batch.mask_BKT / (B * K)
+    torch.testing.assert_close(gradient("tb", batch), expected)
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0])
+def test_tb_prime_on_policy_has_the_gradient_of_tb(spread):
+    batch = make_batch(spread=spread)
+    batch = changed(batch, behaviour_BKT=batch.logprobs_BKT.detach())
+    torch.testing.assert_close(gradient("tb_prime", batch), gradient("tb", batch))
+
+
+def test_tb_prime_takes_k_and_its_mean_of_the_current_policy():
+    """On the optimum the advantages vanish, though the behaviour policy is another."""
+    batch = make_batch(spread=0.5)
+    gap_BKT = (batch.logprobs_BKT - batch.ref_BKT).detach()
+    at_optimum = changed(batch, rewards_BK=BETA * gap_BKT.sum(-1))
+    assert gradient("tb_prime", at_optimum).abs().max() < 1e-12
+
+
+def test_gradient_of_tb_does_not_grow_as_beta_is_annealed():
+    batch = make_batch()
+    torch.testing.assert_close(gradient("tb", batch, 1e-3), gradient("tb", batch, 1e-6), atol=1e-3, rtol=0)
+
+
+def test_tb_is_zero_on_the_optimum_whatever_the_responses():
+    batch = make_batch()
+    last = batch.rewards_BK / BETA - 7.0  # log pi* up to log Z, put on the first token
+    optimum = batch.ref_BKT.clone()
+    optimum[..., 0] += last
+    batch = changed(batch, logprobs_BKT=optimum.requires_grad_())
+    assert tb(batch, BETA).item() < 1e-20
+    assert gradient("tb", batch).abs().max() < 1e-10
+
+
+# ---- what nothing may depend on ----
+
+
+@every_objective
+def test_a_shift_of_the_rewards_of_a_group_changes_nothing(name):
+    batch, shift = make_batch(), torch.tensor([[10.0], [-3.0], [0.5]], dtype=torch.float64)
+    shifted = changed(batch, rewards_BK=batch.rewards_BK + shift)
+    torch.testing.assert_close(gradient(name, shifted), gradient(name, batch))
+
+
+@every_objective
+def test_the_order_in_a_group_changes_nothing(name):
+    batch, order = make_batch(), torch.randperm(K)
+    permuted = each_tensor(batch, lambda x: x[:, order])
+    torch.testing.assert_close(gradient(name, permuted), gradient(name, batch)[:, order])
+
+
+@every_objective
+def test_groups_are_kept_apart(name):
+    """Others in the micro-batch change nothing in a group's gradient but its share of the mean."""
+    batch = make_batch()
+    for i in range(B):
+        alone = each_tensor(batch, lambda x, i=i: x[i : i + 1])
+        torch.testing.assert_close(gradient(name, batch)[i : i + 1], gradient(name, alone) / B)
+
+
+@every_objective
+def test_padding_changes_nothing(name):
+    batch = make_batch()
+    padded = each_tensor(batch, lambda x: torch.nn.functional.pad(x, (0, 6)) if x.dim() == 3 else x)
+    torch.testing.assert_close(gradient(name, padded)[..., :T], gradient(name, batch))
+    torch.testing.assert_close(OBJECTIVES[name](padded, BETA), OBJECTIVES[name](batch, BETA))
+
+
+@every_objective
+def test_one_response_or_equal_rewards_are_finite(name):
+    batch = make_batch()
+    for degenerate in (
+        each_tensor(batch, lambda x: x[:, :1]),
+        changed(batch, rewards_BK=torch.ones_like(batch.rewards_BK)),
+    ):
+        assert OBJECTIVES[name](degenerate, BETA).isfinite()
+        assert gradient(name, degenerate).isfinite().all()
+
+
+@every_objective
+def test_identical_responses_teach_nothing(name):
+    """But what the KL penalty of some objectives says."""
+    same = each_tensor(make_batch(), lambda x: x[:, :1].expand_as(x).clone())
+    beta = BETA if name in {*DIVIDE_BY_BETA, "tb_prime", "rloo"} else 0.0
+    assert gradient(name, same, beta).abs().max() < 1e-12
+
+
+@every_objective
+def test_only_importance_weighted_objectives_read_the_behaviour_policy(name):
+    batch = make_batch(spread=0.05)
+    other = changed(batch, behaviour_BKT=batch.behaviour_BKT + 0.01 * torch.randn_like(batch.behaviour_BKT))
+    same = torch.equal(gradient(name, other), gradient(name, batch))
+    assert same == (name not in IMPORTANCE_WEIGHTED)
+
+
+def test_a_token_beyond_the_clip_stops_ppo_but_not_cispo():
+    batch = make_batch(spread=0.0)
+    raised = changed(batch, logprobs_BKT=(batch.behaviour_BKT + 0.5 * batch.mask_BKT).requires_grad_())  # ratio 1.65
+    best = torch.zeros(B, K, T, dtype=torch.bool)
+    best[torch.arange(B), batch.rewards_BK.argmax(1)] = True
+    best &= batch.mask_BKT.bool()
+    assert not gradient("grpo", raised, 0.0)[best].any() and not gradient("dr_grpo", raised, 0.0)[best].any()
+    assert gradient("cispo", raised, 0.0)[best].all() and gradient("tb_prime", raised, 0.0)[best].all()
+
+
+def test_the_importance_ratio_is_cut_off():
+    batch = make_batch(spread=0.0)
+    far = changed(batch, logprobs_BKT=(batch.behaviour_BKT + 3.0 * batch.mask_BKT).requires_grad_())  # ratio 20
+    assert not gradient("tb_prime", far, 0.0).any()
+    assert tb_prime(far, 0.0).abs() <= 8 * T

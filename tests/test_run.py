@@ -18,7 +18,8 @@ import pytest
 PROJECT = Path(__file__).resolve().parents[1]
 FIELDS = {
     "step", "time", "loss", "reward", "kl", "entropy", "grad_norm", "lr", "beta", "age_mean", "age_max", "buffer_size",
-    "search_tokens_per_s", "train_tokens_per_s", "search_idle", "train_idle", "sync_ms",
+    "search_tokens_per_s", "train_tokens_per_s", "search_idle", "train_idle", "sync_ms", "sync_diff_mean",
+    "sync_diff_max",
 }  # fmt: skip
 
 
@@ -90,7 +91,7 @@ def embedded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("embedded")
     patch = pytest.MonkeyPatch()
     patch.setitem(countdown.WARM_UP, "steps", 60)
-    countdown.warm_up(folder, seed=0)
+    countdown.warm_up(folder, seed=0, numbers=3)
     patch.undo()
     return {"XDG_CACHE_HOME": str(cache)}, folder
 
@@ -159,6 +160,15 @@ def test_search_uses_new_weights(short_run):
     out, _ = short_run
     last = [row for row in read(out / "metrics.jsonl") if "loss" in row][-1]
     assert 0 <= last["age_mean"] < 30 and last["sync_ms"] > 0
+
+
+def test_engines_and_trainer_agree_after_each_sync(short_run):
+    out, _ = short_run
+    differences = [
+        (row["sync_diff_mean"], row["sync_diff_max"]) for row in read(out / "metrics.jsonl") if "loss" in row
+    ]
+    assert len(set(differences)) > 20  # each is measured
+    assert all(0 <= mean <= largest < 1e-4 for mean, largest in differences)
 
 
 def test_the_policy_loads_in_transformers_and_in_vllm_with_the_same_greedy_answers(short_run, embedded):
@@ -237,22 +247,78 @@ def test_an_engine_that_is_starting_does_not_outlive_the_program(embedded, tmp_p
     assert engines and process.returncode == (130 if signalled == signal.SIGINT else -signal.SIGKILL)
 
 
+def changed(folder: Path, *lines: str) -> list[str]:
+    """The command with something replaced in it before it starts."""
+    body = [f"import sys; sys.path.insert(0, {str(PROJECT)!r})", "if __name__ == '__main__':", "    import tba"]
+    body += [f"    {line}" for line in lines] + ["    sys.exit(tba.main())"]
+    path = folder / "changed.py"
+    path.write_text("\n".join(body))
+    return [sys.executable, str(path)]
+
+
+def test_strict_takes_turns_and_every_batch_is_on_policy(embedded, tmp_path, nothing_left):
+    """With an objective that asks vLLM for log-probabilities, a reference that is reset, and a reward easy to get."""
+    out = tmp_path / "run"
+    script = changed(
+        tmp_path, "import tasks.countdown", "tasks.countdown.reward = lambda text, answer: text.count('1')"
+    )
+    arguments = [
+        "--model", embedded[1], "--out", out, "--steps", 12, "--strict", "--loss", "grpo", "--reference-reset", 5,
+        "--eval-prompts", 8, "--eval-every", 6, "--check-sync", "--lr", 1e-3,
+    ]  # fmt: skip
+    done = subprocess.run([*script, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    rows = read(out / "metrics.jsonl")
+    updates = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in updates] == list(range(1, 13))
+    assert all(row["age_mean"] == row["age_max"] == 0 for row in updates)
+    assert [row["step"] for row in rows if "eval/pass@1" in row] == [0, 6, 12]
+    work = sorted(spans(out, "search")), sorted(spans(out, "train")), sorted(spans(out, "sync"))
+    assert [len(each) for each in work] == [12 * 16, 12, 12]
+    for i, (begin, end) in enumerate(work[1]):
+        turn = work[0][16 * i : 16 * (i + 1)]
+        assert max(e for _, e in turn) <= begin and end <= work[2][i][0]
+        assert i == 0 or work[2][i - 1][1] <= min(s for s, _ in turn)
+    kl = [abs(row["kl"]) for row in updates]
+    assert max(kl[0], kl[5], kl[10]) < 1e-5 < 1e-3 < min(kl[4], kl[9])  # the reference is the policy, and is not
+    # On-policy the ratios are 1 and the advantages add up to 0: GRPO's loss is its penalty, 0 where they are the same.
+    assert all(abs(updates[i]["loss"]) < 1e-4 for i in (0, 5, 10))
+    assert updates[-1]["lr"] == 0
+
+
+def test_a_sync_that_went_wrong_stops_the_run(embedded, tmp_path, nothing_left):
+    """From the fourth copy on, one weight of the staged ones is spoiled."""
+    out = tmp_path / "run"
+    script = changed(
+        tmp_path,
+        "import weights",
+        "fill, copies = weights.Staging.fill, []",
+        "def spoil(staging, model):",
+        "    fill(staging, model)",
+        "    copies.append(1)",
+        "    if len(copies) >= 4:",
+        "        next(weight for name, weight in staging.views if 'down_proj' in name).view(-1)[7] += 5.0",
+        "weights.Staging.fill = spoil",
+    )
+    arguments = ["--model", embedded[1], "--out", out, "--steps", 400, "--prime", 64, "--eval-prompts", 0]
+    arguments = [*script, *map(str, arguments), "--check-sync"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert "the engine on cpu and the trainer differ by" in done.stderr and "above 0.001" in done.stderr
+    updates = [row for row in read(out / "metrics.jsonl") if "loss" in row]
+    assert 4 <= len(updates) < 50 and updates[3]["sync_diff_max"] < 1e-4
+
+
 def test_an_error_ends_everything_and_is_shown_once(embedded, tmp_path, nothing_left):
-    script = tmp_path / "broken.py"
-    script.write_text(
-        "import sys\n"
-        f"sys.path.insert(0, {str(PROJECT)!r})\n"
-        "if __name__ == '__main__':\n"
-        "    import tasks.countdown, tba\n"
-        "    def reward(response, answer):\n"
-        "        raise RuntimeError('the reward broke')\n"
-        "    tasks.countdown.reward = reward\n"
-        "    sys.exit(tba.main())\n"
+    script = changed(
+        tmp_path,
+        "import tasks.countdown",
+        "def reward(response, answer):",
+        "    raise RuntimeError('the reward broke')",
+        "tasks.countdown.reward = reward",
     )
     arguments = ["--model", embedded[1], "--out", tmp_path / "run", "--steps", 50, "--eval-prompts", 0]
-    done = subprocess.run(
-        [sys.executable, str(script), *map(str, arguments)], capture_output=True, text=True, check=False, timeout=120
-    )
+    done = subprocess.run([*script, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 1
     assert done.stderr.count("RuntimeError: the reward broke") == 1 and done.stderr.count("Traceback") == 1
 

@@ -4,7 +4,6 @@ import json
 import random
 import time
 from fractions import Fraction
-from types import SimpleNamespace
 
 import pytest
 
@@ -37,7 +36,7 @@ def test_gsm8k_reward_is_exact():
 @pytest.mark.skipif(not (REAL / "gsm8k").is_dir(), reason="the real GSM8K rows do not lie beside the project")
 def test_gsm8k_every_gold_answer_is_right_for_its_question_and_wrong_for_another_number():
     for split, rows in (("train", 7473), ("test", 1319)):
-        problems = gsm8k.problems(split, SimpleNamespace(data=str(REAL / "gsm8k")))
+        problems = gsm8k.problems(split, gsm8k.Settings(data=str(REAL / "gsm8k")))
         assert len(problems) == rows
         for problem in problems:
             gold = Fraction(problem.answer.rpartition("#### ")[2].replace(",", ""))
@@ -47,7 +46,8 @@ def test_gsm8k_every_gold_answer_is_right_for_its_question_and_wrong_for_another
 
 
 def test_gsm8k_prompt_is_what_the_sft_model_saw(gsm8k):
-    (first, *_) = tasks.load("gsm8k").problems("test", SimpleNamespace(data=str(gsm8k)))
+    task = tasks.load("gsm8k")
+    (first, *_) = task.problems("test", task.Settings(data=str(gsm8k)))
     question = json.loads((gsm8k / "test.jsonl").read_text().splitlines()[0])["question"]
     assert first.prompt == f"[MATH_TASK] Problem:\n{question}\n\nSolution:"
 
@@ -63,7 +63,7 @@ def test_gsm8k_prompt_is_what_the_sft_model_saw(gsm8k):
 def test_gsm8k_names_the_bad_row(tmp_path, row, complaint):
     (tmp_path / "train.jsonl").write_text('{"question": "?", "answer": "#### 1"}\n' + row + "\n")
     with pytest.raises(ValueError, match=complaint):
-        gsm8k.problems("train", SimpleNamespace(data=str(tmp_path)))
+        gsm8k.problems("train", gsm8k.Settings(data=str(tmp_path)))
 
 
 ANSWER = {"numbers": [12, 45, 33], "target": 24}
@@ -95,7 +95,7 @@ def test_countdown_train_and_test_never_overlap_and_all_can_be_solved(monkeypatc
     monkeypatch.setattr(countdown, "PROBLEMS", {"train": 3000, "test": 500})
     keys = {}
     for split in ("train", "test"):
-        problems = countdown.problems(split, None)
+        problems = countdown.problems(split, countdown.Settings())
         keys[split] = {(*sorted(p.answer["numbers"]), p.answer["target"]) for p in problems}
         a, b, c = problems[0].answer["numbers"]
         target = problems[0].answer["target"]
@@ -104,7 +104,7 @@ def test_countdown_train_and_test_never_overlap_and_all_can_be_solved(monkeypatc
     assert not keys["train"] & keys["test"]
     rng = random.Random(0)
     for _ in range(1000):
-        prompt, _ = countdown.demonstration(rng, wrong=0.5)
+        prompt, _ = countdown.demonstration(rng, 3, wrong=0.5)
         numbers, target = prompt.removesuffix(":").split("=")
         assert not countdown.held_out([int(number) for number in numbers.split()], int(target))
 
@@ -112,7 +112,7 @@ def test_countdown_train_and_test_never_overlap_and_all_can_be_solved(monkeypatc
 def test_countdown_model_is_made_once_and_kept(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setitem(countdown.WARM_UP, "steps", 3)
-    folder = countdown.prepare(SimpleNamespace(seed=4))
+    folder = countdown.prepare(countdown.Settings(seed=4))
     assert "warming up" in capfd.readouterr().out
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -120,8 +120,8 @@ def test_countdown_model_is_made_once_and_kept(tmp_path, monkeypatch, capfd):
     assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == len(tokenizer)
     assert tokenizer.decode(tokenizer("12 45 33=24:").input_ids) == "12 45 33=24:"
     assert countdown.encode([("1 2=3:", "1+2")])[0][0] == [*tokenizer("1 2=3:1+2").input_ids, tokenizer.eos_token_id]
-    assert countdown.prepare(SimpleNamespace(seed=4)) == folder and not capfd.readouterr().out
-    assert countdown.prepare(SimpleNamespace(seed=5)) != folder
+    assert countdown.prepare(countdown.Settings(seed=4)) == folder and not capfd.readouterr().out
+    assert countdown.prepare(countdown.Settings(seed=5)) != folder
     assert len(list((tmp_path / "tba").iterdir())) == 2
 
 

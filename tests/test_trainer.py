@@ -1,10 +1,12 @@
 """Packed log-probabilities are those of plain rows, and an update is the same however it is cut."""
 
+import dataclasses
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_mask
 from transformers import AutoModelForCausalLM
 
 import packing
@@ -12,7 +14,7 @@ import trainer as trainer_module
 from buffer import Group, Trajectory
 from loss import tb
 from packing import pack
-from trainer import Trainer
+from trainer import Trainer, packed_tokens
 
 ARCHITECTURES = [("llama", False), ("llama", True), ("gpt_neox", False), ("gpt2", True)]
 
@@ -38,6 +40,11 @@ def plain_logprob(model, prompt: np.ndarray, response: np.ndarray, temperature: 
     return logprobs[at, tokens[0, 1:][at]].sum().item()
 
 
+def response_logprobs(trainer: Trainer, batch: packing.Packed) -> torch.Tensor:
+    """log pi(y|x) of each distinct response [U]."""
+    return batch.padded(trainer.logprobs(trainer.policy, batch, trainer.temperature)[0]).sum(-1)
+
+
 @pytest.mark.parametrize(("architecture", "tie"), ARCHITECTURES)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_packed_is_plain(make_model, tokenizer, architecture, tie, temperature):
@@ -47,23 +54,24 @@ def test_packed_is_plain(make_model, tokenizer, architecture, tie, temperature):
     groups = make_groups(len(tokenizer))
     batch = pack(groups, trainer.device)
     with torch.no_grad():
-        found, _ = trainer.logprobs(trainer.policy, batch)
+        found = response_logprobs(trainer, batch)
     expected = [plain_logprob(plain, g.prompt, r.tokens, temperature) for g in groups for r in g.responses]
     np.testing.assert_allclose(found.numpy(), expected, atol=2e-3, rtol=1e-5)
     assert np.ptp(expected) > 1.0  # the model tells responses apart, or this would show nothing
     trainer.score_reference(groups)
-    np.testing.assert_allclose([r.ref_logprob for g in groups for r in g.responses], expected, atol=2e-3, rtol=1e-5)
+    references = [r.ref_logprobs.sum() for g in groups for r in g.responses]
+    np.testing.assert_allclose(references, expected, atol=2e-3, rtol=1e-5)
 
 
 def test_one_row_for_all_groups_is_the_same(make_model, tokenizer, monkeypatch):
     """The layout that CUDA uses, under a dense mask of the same rule."""
     trainer = Trainer(str(make_model("llama", False)), tb, "cpu")
     groups = make_groups(len(tokenizer))
-    monkeypatch.setattr(packing, "create_block_mask", packing.create_mask)
+    monkeypatch.setattr(packing, "create_block_mask", create_mask)
     with torch.no_grad():
-        expected, _ = trainer.logprobs(trainer.policy, pack(groups, trainer.device))
+        expected = response_logprobs(trainer, pack(groups, trainer.device))
         one_row = pack(groups, trainer.device, flex=True)
-        found, _ = trainer.logprobs(trainer.policy, one_row)
+        found = response_logprobs(trainer, one_row)
     assert one_row.tokens.shape == (1, 128)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
 
@@ -123,6 +131,174 @@ def test_figures_are_the_same_however_an_update_is_cut(make_model, tokenizer):
     assert cut == pytest.approx(whole, rel=1e-3)
 
 
+# ---- the whole gradient, in float64, against autograd of the definition on plain rows ----
+
+
+def in_float64(folder: str, **settings) -> Trainer:
+    """GPT-2 has no part that falls back to fp32, as rotary embeddings do."""
+    trainer = Trainer(folder, tb, "cpu", max_grad_norm=1e9, **settings)
+    trainer.policy.double(), trainer.reference.double()
+    with torch.no_grad():  # away from the reference
+        for weight in trainer.policy.parameters():
+            weight += 0.02 * torch.sin(torch.arange(weight.numel())).view_as(weight)
+    return trainer
+
+
+def gradient(trainer: Trainer, groups: list[Group], beta: float = 0.1) -> torch.Tensor:
+    """What an update hands to the optimiser."""
+    found = []
+    trainer.optimizer.step = lambda: found.extend(p.grad.flatten().clone() for p in trainer.policy.parameters())
+    trainer.update(groups, beta, lr=0.0)
+    return torch.cat(found)
+
+
+def defined_gradient(trainer: Trainer, groups: list[Group], temperature: float, beta: float = 0.1) -> torch.Tensor:
+    def logprob(model, prompt, response):
+        tokens = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None]
+        logprobs = (model(tokens).logits[0] / temperature).log_softmax(-1)
+        return logprobs[range(len(prompt) - 1, tokens.shape[1] - 1), response.astype(np.int64)].sum()
+
+    trainer.policy.zero_grad()
+    for g in groups:
+        d = torch.stack([logprob(trainer.policy, g.prompt, r.tokens) for r in g.responses])
+        with torch.no_grad():
+            ref = torch.stack([logprob(trainer.reference, g.prompt, r.tokens) for r in g.responses])
+        d = d - ref - torch.tensor([r.reward for r in g.responses], dtype=torch.float64) / beta
+        (beta / 2 * (d - d.detach().mean()).square().mean() / len(groups)).backward()
+    found = torch.cat([p.grad.flatten().clone() for p in trainer.policy.parameters()])
+    trainer.policy.zero_grad()
+    return found
+
+
+def with_rewards_in_quarters(groups: list[Group]) -> list[Group]:
+    """Exact in float32."""
+    for i, response in enumerate(r for g in groups for r in g.responses):
+        response.reward = (i * 7 % 5) / 4
+    return groups
+
+
+@pytest.mark.parametrize(("temperature", "budget"), [(1.0, 16384), (0.7, 16384), (0.7, 1)])
+def test_gradient_is_that_of_the_definition(make_model, tokenizer, temperature, budget):
+    trainer = in_float64(str(make_model("gpt2", True)), temperature=temperature, micro_batch_tokens=budget)
+    groups = with_rewards_in_quarters(make_groups(len(tokenizer)))
+    expected = defined_gradient(trainer, groups, temperature)
+    torch.testing.assert_close(gradient(trainer, groups), expected, atol=1e-9, rtol=1e-6)
+    assert expected.norm() > 0.1
+
+
+def test_temperature_enters_the_reference(make_model, tokenizer):
+    """At another temperature than the policy's it would not be the definition: the reference alone is changed."""
+    folder = str(make_model("gpt2", True))
+    warm, cold = in_float64(folder, temperature=1.0), in_float64(folder, temperature=0.7)
+    one, other = (make_groups(len(tokenizer)) for _ in range(2))
+    warm.score_reference(one), cold.score_reference(other)
+    pairs = zip((r for g in one for r in g.responses), (r for g in other for r in g.responses), strict=True)
+    assert all(np.abs(a.ref_logprobs - b.ref_logprobs).max() > 1e-3 for a, b in pairs)
+
+
+def test_the_end_of_a_sequence_counts_though_it_is_the_padding_token(make_model, tokenizer):
+    """Responses that end, that end at once, that hold it twice, and that were cut off: every token counts."""
+    end, trainer = tokenizer.eos_token_id, in_float64(str(make_model("gpt2", True)))
+    assert end == tokenizer.pad_token_id
+    texts = [[5, 6, end], [end], [7, end, end], [8, 9, 10, 11], [5, 6]]
+    responses = [Trajectory(np.array(t, dtype=np.int32), t[-1] == end, 0.25 * i, 0) for i, t in enumerate(texts)]
+    groups = [Group(0, np.array([3, end, 4], dtype=np.int32), responses)]
+    torch.testing.assert_close(gradient(trainer, groups), defined_gradient(trainer, groups, 1.0), atol=1e-9, rtol=1e-6)
+    assert [len(r.ref_logprobs) for r in responses] == [len(t) for t in texts]
+    batch = pack(groups, trainer.device)
+    assert batch.target.tolist() == [token for text in texts for token in text]
+
+
+def test_other_groups_and_their_order_change_nothing(make_model, tokenizer):
+    trainer = in_float64(str(make_model("gpt2", True)))
+    one, two, three = with_rewards_in_quarters(make_groups(len(tokenizer)))
+    alone = [gradient(trainer, [g]) for g in (one, two, three)]
+    torch.testing.assert_close(gradient(trainer, [three, one, two]), sum(alone) / 3, atol=1e-9, rtol=1e-6)
+    backwards = Group(one.prompt_id, one.prompt, one.responses[::-1])
+    torch.testing.assert_close(gradient(trainer, [backwards]), alone[0], atol=1e-9, rtol=1e-6)
+
+
+def test_one_response_or_identical_ones_teach_nothing(make_model, tokenizer):
+    trainer = in_float64(str(make_model("gpt2", True)))
+    (group,) = make_groups(len(tokenizer), groups=1)
+    one = group.responses[0]
+    for responses in ([one], [one] * 4, [dataclasses.replace(one) for _ in range(4)]):
+        found = gradient(trainer, [Group(0, group.prompt, responses)])
+        assert found.isfinite().all() and found.abs().max() < 1e-9
+    equal = [dataclasses.replace(r, reward=1.0) for r in group.responses]
+    found = gradient(trainer, [Group(0, group.prompt, equal)])
+    assert found.isfinite().all() and found.abs().max() > 1e-4  # the KL is still paid for
+
+
+# ---- the behaviour policy and the reference ----
+
+
+def test_behaviour_logprobs_reach_the_objective_in_their_places(make_model, tokenizer):
+    folder, seen = str(make_model("llama", False)), []
+
+    def note(batch, beta):
+        seen.append(batch)
+        return batch.logprobs_BKT.sum()
+
+    groups = make_groups(len(tokenizer))
+    for i, response in enumerate(r for g in groups for r in g.responses):
+        response.logprobs = -(i + np.arange(len(response.tokens), dtype=np.float32) / 100)
+    trainer = Trainer(folder, note, "cpu", on_policy=False)
+    trainer.update(groups, 0.1, 0.0)
+    ((batch),) = seen
+    order = sorted(range(3), key=lambda i: -packed_tokens(groups[i]))  # micro-batches go by length
+    for b, i in enumerate(order):
+        for k, response in enumerate(groups[i].responses):
+            n = len(response.tokens)
+            assert batch.behaviour_BKT[b, k, :n].tolist() == pytest.approx(response.logprobs.tolist())
+            assert batch.mask_BKT[b, k].tolist() == [1.0] * n + [0.0] * (batch.mask_BKT.shape[2] - n)
+            assert batch.ref_BKT[b, k, :n].tolist() == pytest.approx(batch.logprobs_BKT[b, k, :n].tolist(), abs=1e-4)
+            assert not batch.logprobs_BKT[b, k, n:].any()
+    Trainer(folder, note, "cpu", on_policy=True).update(groups, 0.1, 0.0)
+    assert torch.equal(seen[1].behaviour_BKT, seen[1].logprobs_BKT) and not seen[1].behaviour_BKT.requires_grad
+
+
+def test_a_reset_reference_is_the_policy_and_each_response_is_scored_once_more(make_model, tokenizer, monkeypatch):
+    trainer, groups = Trainer(str(make_model("llama", True)), tb, "cpu"), make_groups(len(tokenizer))
+    scored = []
+    logprobs = trainer.logprobs
+
+    def note(model, batch, temperature):
+        if model is trainer.reference:
+            scored.append(len(batch.responses))
+        return logprobs(model, batch, temperature)
+
+    monkeypatch.setattr(trainer, "logprobs", note)
+    assert trainer.update(groups, 0.1, 1e-3)["kl"] == pytest.approx(0, abs=1e-4)
+    assert abs(trainer.update(groups, 0.1, 1e-3)["kl"]) > 0.1
+    assert scored == [12]
+    trainer.reset_reference()
+    assert trainer.update(groups, 0.1, 1e-3)["kl"] == pytest.approx(0, abs=1e-4)
+    trainer.update(groups, 0.1, 1e-3)
+    assert scored == [12, 12]
+
+
+def test_a_checkpoint_has_the_reference_that_was_reset(make_model, tokenizer, tmp_path):
+    folder = str(make_model("llama", True))
+    trainer, groups = Trainer(folder, tb, "cpu"), make_groups(len(tokenizer))
+    trainer.update(groups, 0.1, 1e-3)
+    trainer.reset_reference()
+    trainer.update(groups, 0.1, 1e-3)
+    for name in ("step-2", "step-3"):  # also when it is saved again after it was loaded
+        trainer.save(tmp_path / name, tokenizer)
+        trainer = Trainer(folder, tb, "cpu", checkpoint_dir=tmp_path / name)
+    fresh = make_groups(len(tokenizer))
+    trainer.score_reference(groups), trainer.score_reference(fresh)
+    for old, new in zip(groups[0].responses, fresh[0].responses, strict=True):
+        np.testing.assert_allclose(old.ref_logprobs, new.ref_logprobs, atol=1e-5)
+    unset = Trainer(folder, tb, "cpu")
+    unset.score_reference(other := make_groups(len(tokenizer)))
+    assert np.abs(other[0].responses[0].ref_logprobs - fresh[0].responses[0].ref_logprobs).max() > 1e-2
+
+
+# ---- an update ----
+
+
 def test_gradient_is_clipped_and_reported_before_clipping(make_model, tokenizer):
     folder = str(make_model("llama", False))
     trainer, free = Trainer(folder, tb, "cpu", max_grad_norm=1e-3), Trainer(folder, tb, "cpu", max_grad_norm=1e9)
@@ -149,7 +325,8 @@ def test_updates_reach_the_posterior_of_the_responses_at_hand(make_model, tokeni
     assert losses[-1] < 1e-3 * losses[0]
     with torch.no_grad():
         batch = pack(groups, trainer.device)
-        log_ratio = trainer.logprobs(trainer.policy, batch)[0] - torch.tensor([r.ref_logprob for r in batch.responses])
+        references = torch.tensor([r.ref_logprobs.sum() for r in batch.responses])
+        log_ratio = response_logprobs(trainer, batch) - references
     rewards = torch.tensor([r.reward for r in batch.responses])
     torch.testing.assert_close(log_ratio - log_ratio.mean(), rewards - rewards.mean(), atol=0.05, rtol=0)
 

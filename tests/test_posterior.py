@@ -1,0 +1,76 @@
+"""Trajectory balance is exact off-policy: it reaches pi* ~ pi_ref exp(r/beta) from data of any origin."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from bench import posterior
+from bench.posterior import BETA, PROMPTS, RESPONSES, RUNS, STALENESS, World, make_model, train
+
+
+@pytest.mark.parametrize(("data", "staleness"), [("policy", 0), ("uniform", 0), ("policy", 100)])
+def test_trajectory_balance_reaches_the_posterior(data, staleness):
+    """From its own samples, from uniformly random responses, and from samples 100 updates old."""
+    found = train("tb", data, staleness, seed=0, updates=1000 if staleness else 800)
+    assert found["kl"] <= 0.01 and found["modes"] == 12
+
+
+def test_a_wrong_objective_does_not(monkeypatch):
+    """What the proof is worth: with the reward twice as dear it ends elsewhere, by far."""
+    monkeypatch.setitem(posterior.OBJECTIVES, "tb", lambda batch, beta: posterior_of(batch, beta / 2))
+    assert train("tb", "uniform", 0, seed=0, updates=300)["kl"] > 0.1
+
+
+posterior_of = posterior.OBJECTIVES["tb"]
+
+
+def test_the_enumeration_is_right(tmp_path):
+    make_model(0, str(tmp_path))
+    model, world = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), World(0)
+    assert len(set(RESPONSES)) == len(RESPONSES) == 121
+    for logprobs in (world.logprobs(model), world.uniform()):
+        torch.testing.assert_close(logprobs.sum(-1).exp().sum(-1), torch.ones(2, dtype=torch.float64))
+    torch.testing.assert_close(world.uniform().sum(-1).exp(), torch.full((2, 121), 1 / 121, dtype=torch.float64))
+    for i, j in ((0, 0), (0, 77), (1, 40), (1, 120)):
+        y = list(RESPONSES[j])
+        with torch.no_grad():
+            table = model(torch.tensor([[*PROMPTS[i].tolist(), *y]])).logits[0].double().log_softmax(-1)
+        expected = table[range(len(PROMPTS[i]) - 1, len(PROMPTS[i]) + len(y) - 1), y]
+        torch.testing.assert_close(world.logprobs(model)[i, j, : len(y)], expected, atol=1e-5, rtol=0)
+        assert not world.logprobs(model)[i, j, len(y) :].any()
+
+
+def test_the_distance_is_zero_at_the_posterior_alone(tmp_path):
+    make_model(0, str(tmp_path))
+    world = World(0)
+    reference = world.logprobs(AutoModelForCausalLM.from_pretrained(tmp_path).eval())
+    best = (reference.sum(-1) + world.rewards / BETA).log_softmax(-1)
+    there = world.distance(best[..., None], reference)
+    assert there["kl"] == pytest.approx(0, abs=1e-12) and there["modes"] == 12
+    start = world.distance(reference, reference)
+    assert start["kl"] > 0.3 and start["tv"] > 0.3 and start["modes"] == 0
+
+
+def test_the_bench_prints_every_case_and_draws(tmp_path):
+    picture = tmp_path / "posterior.png"
+    command = [
+        sys.executable,
+        "-m",
+        "bench.posterior",
+        "--quick",
+        "--json",
+        "--updates",
+        "1",
+        "--picture",
+        str(picture),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    cases = {(row["loss"], row["data"], row["staleness"]) for row in rows}
+    assert cases == {(loss, *at) for loss in RUNS for at in [*(("policy", s) for s in STALENESS), ("uniform", None)]}
+    assert all(row["kl"] > 0 and 0 < row["tv"] < 1 and 0 <= row["modes"] <= 12 for row in rows)
+    assert picture.stat().st_size > 10_000
