@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -11,12 +13,21 @@ from transformers import AutoModelForCausalLM
 from bench import posterior
 from bench.posterior import BETA, PROMPTS, RESPONSES, RUNS, STALENESS, World, make_model, train
 
+CASES = [("policy", 0, 800), ("uniform", 0, 800), ("policy", 100, 1000)]
 
-@pytest.mark.parametrize(("data", "staleness"), [("policy", 0), ("uniform", 0), ("policy", 100)])
-def test_trajectory_balance_reaches_the_posterior(data, staleness):
+
+@pytest.fixture(scope="module")
+def trained():
+    """All cases, two at a time."""
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        jobs = {case: pool.submit(train, "tb", case[0], case[1], 0, case[2]) for case in CASES}
+        return {case: job.result() for case, job in jobs.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_trajectory_balance_reaches_the_posterior(trained, case):
     """From its own samples, from uniformly random responses, and from samples 100 updates old."""
-    found = train("tb", data, staleness, seed=0, updates=1000 if staleness else 800)
-    assert found["kl"] <= 0.01 and found["modes"] == 12
+    assert trained[case]["kl"] <= 0.01 and trained[case]["modes"] == 12
 
 
 def test_a_wrong_objective_does_not(monkeypatch):

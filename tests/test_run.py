@@ -90,7 +90,7 @@ def embedded(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     folder = tmp_path_factory.mktemp("embedded")
     patch = pytest.MonkeyPatch()
-    patch.setitem(countdown.WARM_UP, "steps", 60)
+    patch.setitem(countdown.WARM_UP_STEPS, 3, 60)
     countdown.warm_up(folder, seed=0, numbers=3)
     patch.undo()
     return {"XDG_CACHE_HOME": str(cache)}, folder
@@ -169,6 +169,24 @@ def test_engines_and_trainer_agree_after_each_sync(short_run):
     ]
     assert len(set(differences)) > 20  # each is measured
     assert all(0 <= mean <= largest < 1e-4 for mean, largest in differences)
+
+
+def test_the_benches_read_finished_runs(short_run, tmp_path):
+    """They make no run that is there already: here each finds the short one under the name of its own."""
+    names = ["tb-calibration", "tb-lr0.0001-1s-seed0"]
+    names += [f"{method}-2x-60-seed0" for method in ("tb-with-replay", "tb-without-replay", "grpo")]
+    for name in names:
+        (tmp_path / name).symlink_to(short_run[0])
+    for bench, settings in (
+        ("objectives", ["--losses", "tb", "--seconds", "1"]),
+        ("search_scaling", ["--steps", "60", "--ratios", "2"]),
+    ):
+        command = [sys.executable, "-m", f"bench.{bench}", "--seeds", "1", "--out", str(tmp_path), "--json", *settings]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PROJECT)
+        rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+        last = [row for row in read(short_run[0] / "metrics.jsonl") if "eval/pass@1" in row][-1]
+        assert all(row["pass@1"] == last["eval/pass@1"] and row["steps"] == 60 for row in rows)
+        assert len(rows) == (1 if bench == "objectives" else 3) and f"{last['eval/distinct']:.3f}" in done.stdout
 
 
 def test_the_policy_loads_in_transformers_and_in_vllm_with_the_same_greedy_answers(short_run, embedded):

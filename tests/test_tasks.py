@@ -1,5 +1,6 @@
 """Rewards, against real answers and hostile ones."""
 
+import itertools
 import json
 import random
 import time
@@ -91,27 +92,32 @@ def test_countdown_arithmetic_is_exact():
     assert countdown.reward("5/(3-3)", {"numbers": [5, 3, 3], "target": 1}) == 0.0
 
 
-def test_countdown_train_and_test_never_overlap_and_all_can_be_solved(monkeypatch):
+@pytest.mark.parametrize("count", [3, 4])
+def test_countdown_train_and_test_never_overlap_and_all_can_be_solved(monkeypatch, count):
     monkeypatch.setattr(countdown, "PROBLEMS", {"train": 3000, "test": 500})
     keys = {}
     for split in ("train", "test"):
-        problems = countdown.problems(split, countdown.Settings())
+        problems = countdown.problems(split, countdown.Settings(numbers=count))
         keys[split] = {(*sorted(p.answer["numbers"]), p.answer["target"]) for p in problems}
-        a, b, c = problems[0].answer["numbers"]
-        target = problems[0].answer["target"]
-        signs = [f"{x}{s}{y}{t}{z}" for x, y, z in ((a, b, c), (b, a, c), (c, a, b)) for s in "+-" for t in "+-"]
-        assert any(countdown.reward(each, {"numbers": [a, b, c], "target": target}) for each in signs)
+        for problem in problems[:20]:
+            orders = itertools.permutations(map(str, problem.answer["numbers"]))
+            signs = list(itertools.product("+-", repeat=count - 1))
+            tries = [
+                first + "".join(map("".join, zip(each, rest, strict=True))) for first, *rest in orders for each in signs
+            ]
+            assert len(tries[0]) <= countdown.Settings().max_tokens - 1
+            assert any(countdown.reward(each, problem.answer) for each in tries)
     assert not keys["train"] & keys["test"]
     rng = random.Random(0)
     for _ in range(1000):
-        prompt, _ = countdown.demonstration(rng, 3, wrong=0.5)
+        prompt, _ = countdown.demonstration(rng, count, wrong=0.5)
         numbers, target = prompt.removesuffix(":").split("=")
         assert not countdown.held_out([int(number) for number in numbers.split()], int(target))
 
 
 def test_countdown_model_is_made_once_and_kept(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setitem(countdown.WARM_UP, "steps", 3)
+    monkeypatch.setitem(countdown.WARM_UP_STEPS, 3, 3)
     folder = countdown.prepare(countdown.Settings(seed=4))
     assert "warming up" in capfd.readouterr().out
     from transformers import AutoModelForCausalLM, AutoTokenizer
