@@ -111,7 +111,7 @@ class Searcher:
         # Salted with the version, the prefix cache never serves keys and values of older weights.
         prompt = tokens_input(np.asarray(prompt).tolist(), cache_salt=str(version))
         with self._in_flight(engine, n):
-            output = await self._request(engine, prompt, params)
+            output = await self._request(engine, prompt, params, priority=0)
         return [
             Response(
                 np.array(each.token_ids, dtype=np.int32),
@@ -122,14 +122,17 @@ class Searcher:
         ], version
 
     async def prompt_logprobs(self, tokens: Sequence[int]) -> list[tuple[str, np.ndarray]]:
-        """(device, log-probability of each token but the first [T-1] at temperature 1) of every engine."""
+        """(device, log-probability of each token but the first [T-1] at temperature 1) of every engine.
+
+        Asked before all that waits, for a sync waits for it.
+        """
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
 
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
         tokens, found = np.asarray(tokens).tolist(), []
         for engine in self.engines:
-            output = await self._request(engine, tokens_input(tokens), params)
+            output = await self._request(engine, tokens_input(tokens), params, priority=-1)
             rows = zip(tokens[1:], output.prompt_logprobs[1:], strict=True)
             found.append((engine.device, np.array([row[token].logprob for token, row in rows])))
         return found
@@ -184,6 +187,7 @@ class Searcher:
             hf_overrides={"tie_word_embeddings": False},
             max_num_seqs=MAX_IN_FLIGHT[kind],
             logprobs_mode="processed_logprobs",
+            scheduling_policy="priority",
             worker_extension_cls="weights.StagingReader",
             disable_log_stats=True,
             **settings,
@@ -192,10 +196,10 @@ class Searcher:
             return
         self.engines.append(Engine(device, AsyncLLM.from_engine_args(args)))
 
-    async def _request(self, engine: Engine, prompt: dict, params):
-        """The final output of a request."""
-        outputs = [output async for output in engine.llm.generate(prompt, params, str(next(self.requests)))]
-        return outputs[-1]
+    async def _request(self, engine: Engine, prompt: dict, params, priority: int):
+        """The final output of a request; a lower priority goes first."""
+        stream = engine.llm.generate(prompt, params, str(next(self.requests)), priority=priority)
+        return [output async for output in stream][-1]
 
     @contextlib.contextmanager
     def _in_flight(self, engine: Engine, n: int) -> Iterator[None]:

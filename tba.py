@@ -293,14 +293,14 @@ class Run:
         Raises:
             RuntimeError: they do not, by more than rounding: at the start always, later with --check-sync.
         """
+        from weights import AGREE, compare
+
         began = self.log.time
         with self.log.span("sync"):
             await asyncio.to_thread(self.trainer.staging.wait)
             await self.searcher.load_staging(self.published)
         seconds = self.log.time - began
         self.buffer.start_window()
-        from weights import AGREE, compare
-
         limit = AGREE[self.trainer.staging.flat.dtype] if self.config.check_sync or not self.last_sync else float("inf")
         self.last_sync = await compare(self.searcher, self.probe, self.expected, limit) | {"sync_ms": 1000 * seconds}
 

@@ -21,12 +21,13 @@ import os
 import statistics
 import tempfile
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from buffer import Group, Trajectory
 from loss import IMPORTANCE_WEIGHTED, OBJECTIVES
@@ -148,6 +149,8 @@ def main() -> None:
     cases = [(name, *case) for name in RUNS for case in [*(("policy", s) for s in STALENESS), ("uniform", None)]]
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         jobs = [[pool.submit(train, *case[:2], case[2] or 0, seed, updates) for seed in seeds] for case in cases]
+        for _ in tqdm(as_completed(itertools.chain(*jobs)), total=len(cases) * len(seeds), unit="run", mininterval=5):
+            pass
         rows = [row(case, [job.result() for job in each]) for case, each in zip(cases, jobs, strict=True)]
     print(f"{updates} updates of {len(PROMPTS)} x {K} responses, {len(seeds)} seeds: median (lowest to highest)\n")
     print("| objective | data | staleness | KL(pi, pi*) | total variation | modes of 12 |\n|---|---|---|---|---|---|")
@@ -181,10 +184,11 @@ def draw(rows: list[dict], path: str) -> None:
     for i, name in enumerate(RUNS):
         mine = [each for each in rows if each["loss"] == name]
         middle, (low, high) = [each["kl"] for each in mine], zip(*(each["kl_range"] for each in mine), strict=True)
+        beside = [place + 0.03 * (i - 3) for place in places]
         style = {"color": f"C{i}", "marker": "o", "linewidth": 2.5 if name == "tb" else 1.2}
-        axes.plot(places[:-1], middle[:-1], label=name, **style)
-        axes.plot(places[-1:], middle[-1:], linestyle="none", **style)
-        axes.vlines([place + 0.02 * (i - 4) for place in places], low, high, color=f"C{i}", linewidth=1)
+        axes.plot(beside[:-1], middle[:-1], label=name, **style)
+        axes.plot(beside[-1:], middle[-1:], linestyle="none", **style)
+        axes.vlines(beside, low, high, color=f"C{i}", linewidth=1)
     axes.set_yscale("log")
     axes.set_xticks(places, [*(f"{s} updates old" for s in STALENESS), "uniformly random"])
     axes.set_ylabel("KL(pi || pi*), nats")
