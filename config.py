@@ -11,12 +11,12 @@ from pathlib import Path
 
 import tasks
 from buffer import EVICTION, REPLAY
-from loss import DIVIDE_BY_BETA, IMPORTANCE_WEIGHTED, OBJECTIVES
+from loss import IMPORTANCE_WEIGHTED, NEED_BETA, OBJECTIVES
 
 
 @dataclass(frozen=True)
 class Config:
-    """Post-train a language model by trajectory balance, searching and training at once.
+    """Post-train a language model, searching and training at once.
 
     The defaults shown are those of the task: give --task with --help to see another's.
     """
@@ -33,6 +33,8 @@ class Config:
     """Of the order of problems, the sampling, and the embedded model."""
     steps: int = 1000
     """Updates of the policy."""
+    max_seconds: float = 0.0
+    """Seconds of training after which the run ends, its schedules run through, unless steps come first; 0: no limit."""
     prompts_per_step: int = 8
     """B: distinct prompts in an update."""
     responses_per_prompt: int = 16
@@ -52,7 +54,7 @@ class Config:
     lr_decay: int = 0
     """Updates at the end in which wsd decays."""
     beta: float = 0.01
-    """Weight of the KL to the reference, the model that the run starts from."""
+    """Weight of the KL to the reference: the model that the run starts from, until --reference-reset."""
     beta_schedule: str = "constant"
     """How beta goes to beta_final: constant (it stays), linear or cosine."""
     beta_final: float = 0.0
@@ -70,7 +72,7 @@ class Config:
     check_sync: bool = False
     """Stop where engines and trainer differ after a sync, by above 0.001 nats a token (bf16: 0.1) on average."""
     strict: bool = False
-    """Search and training take turns, and each update has responses of the very policy: m is 1 and k is 1."""
+    """Search and training take turns. k and m are 1 unless given: each update has responses of the very policy."""
     on_policy_prob: float = 0.5
     """m: probability that a prompt of a batch is from the newest data, rather than any seen."""
     prime: int = 500
@@ -131,9 +133,22 @@ class Config:
         """
         up = (step + 1) / self.lr_warmup if self.lr_warmup else 1.0
         last = self.steps - 1
-        decay = {"constant": 0, "linear": last - self.lr_warmup, "wsd": min(self.lr_decay, last)}[self.lr_schedule]
-        down = (last - step) / decay if decay > 0 else 1.0
+        decay = {"linear": last - self.lr_warmup, "wsd": min(self.lr_decay, last)}.get(self.lr_schedule)
+        down = 1.0 if decay is None else (last - step) / max(1, decay)
         return self.lr * min(up, down, 1.0)
+
+    def step_at(self, step: int, seconds: float) -> int:
+        """Where the schedules are after so many updates and seconds: at the step, or further where time runs out first.
+
+        >>> [Config(steps=100, max_seconds=20.0).step_at(30, seconds) for seconds in (1, 10, 25)]
+        [30, 50, 99]
+        """
+        share = seconds / self.max_seconds if self.max_seconds else 0.0
+        return min(max(step, int(share * self.steps)), self.steps - 1)
+
+    def ended(self, step: int, seconds: float) -> bool:
+        """Whether training ends after so many updates and seconds."""
+        return step >= self.steps or 0 < self.max_seconds <= seconds
 
     @property
     def on_policy(self) -> bool:
@@ -142,9 +157,10 @@ class Config:
 
 
 AT_LEAST = dict(
-    seed=0, steps=1, prompts_per_step=1, responses_per_prompt=2, search_responses=2, lr_warmup=0, lr_decay=0, beta=0,
-    beta_final=0, beta_steps=0, reference_reset=0, max_tokens=1, sync_every=1, on_policy_prob=0, prime=0, capacity=1,
-    micro_batch_tokens=1, gpu_memory_utilization=0, eval_every=0, eval_prompts=0, eval_samples=1, save_every=0,
+    seed=0, steps=1, max_seconds=0, prompts_per_step=1, responses_per_prompt=2, search_responses=2, lr_warmup=0,
+    lr_decay=0, beta=0, beta_final=0, beta_steps=0, reference_reset=0, max_tokens=1, sync_every=1, on_policy_prob=0,
+    prime=0, capacity=1, micro_batch_tokens=1, gpu_memory_utilization=0, eval_every=0, eval_prompts=0, eval_samples=1,
+    save_every=0,
 )  # fmt: skip
 AT_MOST = dict(on_policy_prob=1, gpu_memory_utilization=1, seed=2**31 - 1)
 POSITIVE = ("lr", "temperature", "max_grad_norm")  # and finite
@@ -183,7 +199,9 @@ def check(config: Config) -> None:
         refuse("beta_final", "0 with beta_schedule constant")
     if (config.lr_schedule == "wsd") != (config.lr_decay > 0):
         refuse("lr_decay", "above 0 with lr_schedule wsd, and 0 with others")
-    if config.loss in DIVIDE_BY_BETA:
+    if config.strict and config.prime:
+        refuse("prime", "0 with strict, which searches before each update")
+    if config.loss in NEED_BETA:
         for name in ("beta", "beta_final") if annealed else ("beta",):
             if not getattr(config, name):
                 refuse(name, f"above 0 with loss {config.loss}")
@@ -228,7 +246,8 @@ def parse(arguments: list[str]) -> Config:
         try:
             settings = json.loads(saved.read_text()) | {"out": known.resume, "resume": known.resume}
             kind = tasks.load(settings["task"]).Settings
-            defaults = kind(**settings | {"search_devices": tuple(settings["search_devices"])})
+            settings |= {"search_devices": tuple(settings["search_devices"])}
+            defaults = kind(**settings | (STRICT if known.strict else {}))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"resume is {known.resume!r}: its config.json is not of this version ({error})") from None
     else:

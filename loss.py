@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 CLIP = 0.2  # how far a ratio pi/mu may move from 1 before PPO's clipping stops it
 RATIO_MAX = {"tb_prime": 8.0, "cispo": 5.0}  # where ratios are cut off
 LOG_RATIO_MAX = 10.0  # tb_prime cuts log pi/pi_ref of a token at +-10 nats
+EXP_MAX = 20.0  # no ratio is above e^20, so that none overflows
 
 
 @dataclass(slots=True)
@@ -85,7 +86,8 @@ def rloo(batch: Batch, beta: float) -> Tensor:
         L   = -mean_j min(w_j A_j, clip(w_j, 0.8, 1.2) A_j),    w_j = pi(y_j)/mu(y_j), of the whole response
         A_j = R_j - mean_{i != j} R_i,                          R_j = r_j - beta (log mu(y_j) - log pi_ref(y_j))
 
-    The KL is part of the reward, as the response was paid when it was written.
+    The KL is part of the reward, as the response was paid when it was written. w_j is of the whole response: in bf16
+    the rounding of engine and trainer alone moves it out of the clip's range for a good part of long responses.
 
     >>> import torch
     >>> mu, pi, mask = torch.zeros(1, 2, 1), torch.tensor([[[0.5], [0.0]]]).log1p(), torch.ones(1, 2, 1)
@@ -95,7 +97,7 @@ def rloo(batch: Batch, beta: float) -> Tensor:
     k_BK = (batch.behaviour_BKT - batch.ref_BKT).sum(-1)
     paid_BK, K = batch.rewards_BK - beta * k_BK, batch.rewards_BK.shape[1]
     advantage_BK = _centred(paid_BK) * K / max(K - 1, 1)  # r_j minus the mean of the others
-    ratio_BK = (batch.logprobs_BKT - batch.behaviour_BKT).sum(-1).exp()
+    ratio_BK = (batch.logprobs_BKT - batch.behaviour_BKT).sum(-1).clamp(max=EXP_MAX).exp()
     return -_clipped(ratio_BK, advantage_BK).mean()
 
 
@@ -169,7 +171,7 @@ def online_dpo(batch: Batch, beta: float) -> Tensor:
 
 OBJECTIVES = {each.__name__: each for each in (tb, tb_prime, rloo, grpo, dr_grpo, online_dpo, cispo)}
 IMPORTANCE_WEIGHTED = {"tb_prime", "rloo", "grpo", "dr_grpo", "cispo"}  # they read behaviour_BKT
-DIVIDE_BY_BETA = {"tb", "online_dpo"}  # in what they aim at: they need beta > 0
+NEED_BETA = {"tb", "online_dpo"}  # above 0
 
 
 def _centred(x_BK: Tensor) -> Tensor:
@@ -181,7 +183,7 @@ def _standardised(x_BK: Tensor) -> Tensor:
 
 
 def _ratio(batch: Batch) -> Tensor:
-    return (batch.logprobs_BKT - batch.behaviour_BKT).exp()  # [B, K, T]
+    return (batch.logprobs_BKT - batch.behaviour_BKT).clamp(max=EXP_MAX).exp()  # [B, K, T]
 
 
 def _clipped(ratio: Tensor, advantage: Tensor) -> Tensor:
@@ -190,5 +192,5 @@ def _clipped(ratio: Tensor, advantage: Tensor) -> Tensor:
 
 def _kl(batch: Batch) -> Tensor:
     """Schulman's estimate of the KL to the reference from one sample [B, K, T], never negative, 0 in the padding."""
-    log_ratio_BKT = batch.ref_BKT - batch.logprobs_BKT
+    log_ratio_BKT = (batch.ref_BKT - batch.logprobs_BKT).clamp(max=EXP_MAX)
     return log_ratio_BKT.exp() - log_ratio_BKT - 1

@@ -52,7 +52,6 @@ class Searcher:
     devices: Sequence[str]
     temperature: float
     max_tokens: int
-    logprobs: bool = False  # ask for the responses' log-probabilities
     engines: list[Engine] = field(default_factory=list)
     requests: Iterator[int] = field(default_factory=itertools.count)
     _starts: list[Future] = field(default_factory=list)  # of the engines
@@ -91,8 +90,11 @@ class Searcher:
         """Time so far in which anything was in flight."""
         return self._busy + (time.perf_counter() - self._busy_since if self._busy_since else 0.0)
 
-    async def generate(self, prompt: Sequence[int], n: int, greedy: bool = False) -> tuple[list[Response], int]:
-        """n responses to a prompt's tokens, and the version of the weights that began them."""
+    async def generate(
+        self, prompt: Sequence[int], n: int, greedy: bool = False, logprobs: bool = False
+    ) -> tuple[list[Response], int]:
+        """n responses to a prompt's tokens, on request with log-probabilities, and the version of the weights that
+        began them."""
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
@@ -103,7 +105,7 @@ class Searcher:
             n=n,
             temperature=0.0 if greedy else self.temperature,
             max_tokens=self.max_tokens,
-            logprobs=0 if self.logprobs and not greedy else None,  # 0 others beside the token's own
+            logprobs=0 if logprobs else None,  # 0 others beside the token's own
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -116,7 +118,7 @@ class Searcher:
             Response(
                 np.array(each.token_ids, dtype=np.int32),
                 each.finish_reason != "length",
-                np.array(each.logprobs.logprobs, dtype=np.float32) if params.logprobs is not None else None,
+                np.array(each.logprobs.logprobs, dtype=np.float32) if logprobs else None,
             )
             for each in output.outputs
         ], version
@@ -130,12 +132,14 @@ class Searcher:
         from vllm.inputs import tokens_input
 
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-        tokens, found = np.asarray(tokens).tolist(), []
-        for engine in self.engines:
+        tokens = np.asarray(tokens).tolist()
+
+        async def ask(engine: Engine) -> tuple[str, np.ndarray]:
             output = await self._request(engine, tokens_input(tokens), params, priority=-1)
             rows = zip(tokens[1:], output.prompt_logprobs[1:], strict=True)
-            found.append((engine.device, np.array([row[token].logprob for token, row in rows])))
-        return found
+            return engine.device, np.array([row[token].logprob for token, row in rows])
+
+        return await asyncio.gather(*map(ask, self.engines))
 
     async def open_staging(self, handle: dict) -> None:
         """Let every engine open the trainer's staging tensor."""
@@ -146,8 +150,9 @@ class Searcher:
         """Let every engine take the staged weights, between two of its steps; what is in flight goes on with them."""
 
         async def load(engine: Engine) -> None:
-            engine.version = version  # what is sent after the call is begun after it
-            await asyncio.wait_for(engine.llm.collective_rpc("load_staging"), RPC_SECONDS)
+            async with asyncio.timeout(RPC_SECONDS):  # not wait_for, which would send the call a turn of the loop later
+                engine.version = version  # what is sent after the call is begun after it
+                await engine.llm.collective_rpc("load_staging")
 
         await asyncio.gather(*map(load, self.engines))
 

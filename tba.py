@@ -10,6 +10,7 @@
 
 Four coroutines share what `Run` holds: `search` keeps the engines full and fills the buffer; `train` updates the policy
 and never waits for search; `sync` carries weights to the engines while both go on; `evaluate` asks the same engines.
+With --strict `take_turns` stands for the first three.
 When one fails all end, in this order: search and sync are cancelled, the update under way ends, the policy is saved,
 the engines are shut down, the files are closed, the error is shown.
 """
@@ -133,9 +134,7 @@ class Run:
             self.train_thread, Trainer, self.model, OBJECTIVES[config.loss], self.train_device,
             config.temperature, config.on_policy, config.max_grad_norm, config.micro_batch_tokens, self.checkpoint,
         )  # fmt: skip
-        self.searcher = searcher = Searcher(
-            self.search_devices, config.temperature, config.max_tokens, logprobs=not config.on_policy
-        )
+        self.searcher = searcher = Searcher(self.search_devices, config.temperature, config.max_tokens)
         memory = {device: 0.4 if device == self.train_device else 0.9 for device in self.search_devices}
         if config.gpu_memory_utilization:
             memory = dict.fromkeys(memory, config.gpu_memory_utilization)
@@ -166,9 +165,11 @@ class Run:
 
     async def search_prompt(self, prompt_id: int) -> None:
         """Generate, score, store."""
-        problem, prompt = self.problems[prompt_id]
+        config, (problem, prompt) = self.config, self.problems[prompt_id]
         with self.log.span("search"):
-            responses, version = await self.searcher.generate(prompt, self.config.search_responses)
+            responses, version = await self.searcher.generate(
+                prompt, config.search_responses, logprobs=not config.on_policy
+            )
         rewards = [self.task.reward(text, problem.answer) for text in self.texts(responses)]
         trajectories = [
             Trajectory(response.tokens, response.finished, reward, version, response.logprobs)
@@ -195,7 +196,7 @@ class Run:
         """Update the policy, one update after another; only the first waits, for the buffer to be primed."""
         await self.primed.wait()
         self.recorded, self.found = (self.log.time, self.searcher.busy_seconds), []
-        while self.step < self.config.steps:
+        while not self.config.ended(self.step, self.log.time):
             await self.update()
             if self.sync_due and self.synced.is_set():
                 self.synced.clear()
@@ -208,7 +209,7 @@ class Run:
         """Search B prompts, update the policy on what was found, sync, and so on: nothing at the same time."""
         prompts = self.shuffled_prompts()
         self.recorded = self.log.time, self.searcher.busy_seconds
-        while self.step < self.config.steps:
+        while not self.config.ended(self.step, self.log.time):
             self.buffer.start_window()
             chosen: dict[int, None] = {}
             while len(chosen) < self.config.prompts_per_step:
@@ -229,7 +230,8 @@ class Run:
         if config.reference_reset and step and step % config.reference_reset == 0:
             await in_thread(self.train_thread, self.trainer.reset_reference)
         groups = self.buffer.sample(config.prompts_per_step, config.responses_per_prompt, config.on_policy_prob)
-        beta, lr = config.beta_at(step), config.lr_at(step)
+        at = config.step_at(step, self.log.time)
+        beta, lr = config.beta_at(at), config.lr_at(at)
         began = self.log.time
         with self.log.span("train"):
             figures = await in_thread(self.train_thread, self.trainer.update, groups, beta, lr)
@@ -259,7 +261,8 @@ class Run:
     @property
     def evaluation_due(self) -> bool:
         """Whether an evaluation is, after this update; the last is `main`'s."""
-        return self.config.eval_every and self.step % self.config.eval_every == 0 and self.step < self.config.steps
+        every, ended = self.config.eval_every, self.config.ended(self.step, self.log.time)
+        return every and self.step % every == 0 and not ended
 
     def save(self) -> None:
         """Write a checkpoint of this step, unless there is one."""

@@ -54,7 +54,8 @@ class Trainer:
         compute = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.policy = load_model(checkpoint_dir or model, torch.float32, device)
         self.ref_version = int(bool(checkpoint_dir) and (checkpoint_dir / "reference").is_dir())  # resets so far
-        self.reference = load_model(checkpoint_dir / "reference" if self.ref_version else model, compute, device)
+        reference = load_model(checkpoint_dir / "reference" if self.ref_version else model, torch.float32, device)
+        self.reference = lighten(reference, compute)
         self.flex = self.policy.config._attn_implementation == "flex_attention"
         self.reference.requires_grad_(False)
         for each in (self.policy, self.reference):
@@ -79,7 +80,7 @@ class Trainer:
             return token_logprobs(model.get_output_embeddings(), hidden_NH, batch.target, temperature)
 
     @torch.no_grad()
-    def token_logprobs(self, tokens: np.ndarray) -> np.ndarray:
+    def probe(self, tokens: np.ndarray) -> np.ndarray:
         """Log-probability of each token of a sequence but the first [T-1] under the policy, at temperature 1."""
         rest = Trajectory(tokens[1:], finished=True, reward=0.0, version=0)
         batch = pack([Group(0, tokens[:1], [rest])], self.device, self.flex)
@@ -115,7 +116,7 @@ class Trainer:
             nats; grad_norm, before clipping; tokens, how many the policy read.
         """
         self.score_reference(groups)
-        totals, tokens = torch.zeros(3, device=self.device), 0
+        totals, tokens, read = torch.zeros(3, device=self.device), 0, 0
         for micro in micro_batches(groups, self.micro_batch_tokens):
             batch, share = pack(micro, self.device, self.flex), len(micro) / len(groups)
             logprobs_N, entropy_N = self.logprobs(self.policy, batch, self.temperature)
@@ -123,8 +124,9 @@ class Trainer:
             loss = self.objective(data, beta)
             (loss * share).backward()
             kl = (data.logprobs_BKT.detach() - data.ref_BKT).sum(-1).mean()
-            totals += share * torch.stack([loss.detach(), kl, entropy_N.detach().mean()])
-            tokens += batch.read
+            totals += torch.stack([share * loss.detach(), share * kl, entropy_N.detach().sum()])
+            tokens += len(entropy_N)
+            read += batch.read
         grad_norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
         self.optimizer.param_groups[0]["lr"] = lr
         if self.staging:
@@ -132,7 +134,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         loss, kl, entropy, grad_norm = [*totals.tolist(), float(grad_norm)]
-        return {"loss": loss, "kl": kl, "entropy": entropy, "grad_norm": grad_norm, "tokens": tokens}
+        return {"loss": loss, "kl": kl, "entropy": entropy / tokens, "grad_norm": grad_norm, "tokens": read}
 
     def _batch(self, groups: list[Group], packed: Packed, logprobs_N: Tensor) -> Batch:
         """What the objective reads, each group with its K responses, those that it holds several times included."""
@@ -148,14 +150,14 @@ class Trainer:
         rewards_U = torch.tensor(rewards, dtype=torch.float32, device=self.device)  # whole numbers too
         return Batch(*(packed.padded(each)[index_BK] for each in per_token), rewards_U[index_BK])
 
-    def publish(self, probe: np.ndarray) -> np.ndarray:
+    def publish(self, tokens: np.ndarray) -> np.ndarray:
         """Copy the policy's weights to where the engines take them from.
 
         Returns:
-            What this policy gives the tokens of `probe`, as `token_logprobs` does: the engines are to give the same.
+            What this policy gives the tokens, as `probe` does: the engines are to give the same.
         """
         self.staging.fill(self.policy)
-        return self.token_logprobs(probe)
+        return self.probe(tokens)
 
     def export(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write the policy as a Hugging Face folder."""
@@ -210,6 +212,19 @@ def load_model(model: str | Path, dtype: torch.dtype, device: torch.device) -> P
         with contextlib.suppress(ValueError):  # GPT-2, for one, does not have it
             return load(model, dtype=dtype, attn_implementation="flex_attention").to(device)
     return load(model, dtype=dtype, attn_implementation="sdpa").to(device)
+
+
+def lighten(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with the weights of its linear layers in `dtype`, in place.
+
+    Under autocast it computes exactly what it did: those weights would be cast anyway, and no others are. (A model all
+    in bf16 has its residual stream in bf16 too, and differs from the policy before anything is trained.)
+    """
+    embedding = model.get_input_embeddings().weight
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight is not embedding:  # tied, it is read as an embedding too
+            module.to(dtype)
+    return model
 
 
 def newest_checkpoint(out: Path) -> tuple[Path, int]:

@@ -102,22 +102,24 @@ async def compare(searcher: Searcher, probe: np.ndarray, expected: np.ndarray, l
     Args:
         searcher: has the engines.
         probe: the tokens [T].
-        expected: log-probabilities of all but the first [T-1], by `Trainer.token_logprobs`.
+        expected: log-probabilities of all but the first [T-1], by `Trainer.probe`.
         limit: of the mean difference, in nats a token.
 
     Returns:
         `sync_diff_mean` and `sync_diff_max` over the tokens, of the engine that is furthest off, in nats.
 
     Raises:
-        RuntimeError: an engine is further off than the limit, so that what it samples from is not what is trained.
+        RuntimeError: an engine is further off than the limit; or the policy itself has no finite log-probabilities.
     """
+    if not np.isfinite(expected).all():
+        raise RuntimeError("the policy's log-probabilities are not finite: it has diverged (a lower --lr may help)")
     mean = largest = 0.0
     for device, found in await searcher.prompt_logprobs(probe):
         difference = np.abs(found - expected)
         if not difference.mean() <= limit:
             raise RuntimeError(
                 f"the engine on {device} and the trainer differ by {difference.mean():.2g} nats a token on average, "
-                f"above {limit}, after the weights were carried over: this vLLM does not take them as they are"
+                f"above {limit}, after a sync: what it samples from is not what is trained"
             )
         mean, largest = max(mean, float(difference.mean())), max(largest, float(difference.max()))
     return {"sync_diff_mean": mean, "sync_diff_max": largest}

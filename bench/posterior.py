@@ -7,8 +7,8 @@
 The problem is small enough to be enumerated: 2 prompts, 4 tokens of which one ends a response, at most 4 tokens a
 response, so 121 responses. 6 of them, chosen at random for each prompt, are the modes: reward 1, all others 0. A tiny
 random Llama is the reference, and the policy at the start. The trainer is the project's own; what is replaced is
-search: responses are drawn from the exact distribution of the policy as it was `staleness` updates ago, or uniformly
-from all 121 ("uniform": a fixed buffer, written by no policy at all).
+search: responses are drawn from the exact distribution of the policy as it was `staleness` updates ago ("policy"), or
+from a buffer that was filled before with uniformly random ones and stays as it is ("uniform": no policy wrote them).
 
 Distances are exact: KL(pi||pi*) in nats and total variation, each the mean over the prompts, in float64. A mode is
 found when the policy gives it at least half of what pi* does.
@@ -29,7 +29,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from buffer import Group, Trajectory
+from bench.runs import at_least
+from buffer import Buffer, Group, Trajectory
 from loss import IMPORTANCE_WEIGHTED, OBJECTIVES
 
 END, LETTERS, LONGEST = 0, (1, 2, 3), 4
@@ -86,12 +87,12 @@ class World:
             "modes": int(((pi > best / 2) & (self.rewards > 0)).sum()),
         }
 
-    def groups(self, behaviour: torch.Tensor, rng: np.random.Generator) -> list[Group]:
-        """K responses to each prompt, drawn by their probabilities."""
+    def groups(self, behaviour: torch.Tensor, rng: np.random.Generator, count: int) -> list[Group]:
+        """So many responses to each prompt, drawn by their probabilities."""
         groups = []
         for i, prompt in enumerate(PROMPTS):
             weights = behaviour[i].sum(-1).exp().numpy()
-            drawn = rng.choice(len(RESPONSES), K, p=weights / weights.sum())
+            drawn = rng.choice(len(RESPONSES), count, p=weights / weights.sum())
             groups.append(Group(i, prompt, [self.trajectory(i, j, behaviour) for j in drawn]))
         return groups
 
@@ -126,10 +127,13 @@ def train(name: str, data: str, staleness: int, seed: int, updates: int = UPDATE
         trainer = Trainer(folder, OBJECTIVES[loss], "cpu", on_policy=not (ratio and loss in IMPORTANCE_WEIGHTED))
     reference = world.logprobs(trainer.reference)
     past = deque([reference], maxlen=staleness + 1)  # the policy after each of the last updates
+    fixed = Buffer(capacity=len(RESPONSES), seed=seed)
+    for group in world.groups(world.uniform(), rng, 2000):
+        fixed.add(group)
     for step in range(updates):
-        behaviour = world.uniform() if data == "uniform" else past[0]
+        groups = fixed.sample(len(PROMPTS), K, 0.0) if data == "uniform" else world.groups(past[0], rng, K)
         lr = LR * min((step + 1) / WARM_UP, 1 - step / updates)
-        trainer.update(world.groups(behaviour, rng), BETA, lr)
+        trainer.update(groups, BETA, lr)
         if data == "policy":
             past.append(world.logprobs(trainer.policy))
     return world.distance(world.logprobs(trainer.policy), reference)
@@ -140,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, and a quarter of the updates")
     parser.add_argument("--json", action="store_true", help="print the rows as one JSON object, last")
-    parser.add_argument("--updates", type=int, help=f"default {UPDATES}, with --quick {UPDATES // 4}")
+    parser.add_argument("--updates", type=at_least(1), help=f"default {UPDATES}, with --quick {UPDATES // 4}")
     parser.add_argument("--picture", default=str(Path(__file__).with_suffix(".png")), help="where it is drawn")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

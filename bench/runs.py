@@ -1,44 +1,72 @@
 """Runs of the main job for the benchmarks: `python tba.py` with settings, and what its metrics say at the end."""
 
+import argparse
+import hashlib
 import json
+import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
 LAST = 50  # updates that a figure of training is averaged over
 
 
-def run(out: Path, *settings: object) -> dict[str, float]:
-    """Run tba.py, unless the folder holds that run already.
-
-    Returns:
-        The last evaluation's figures by their names (`pass@1`, ...), those before training as `pass@1 before`, ...;
-        `kl`, the mean of the last 50 updates, in nats a response; `steps`; `seconds` that search and training took;
-        `updates_per_s`, without the first tenth of the updates.
+def run(root: Path, name: str, *settings: object) -> dict[str, float]:
+    """Run tba.py in root/name-..., unless a finished run with these settings is there; its `figures`.
 
     Raises:
         RuntimeError: the run failed; shows what it printed.
     """
-    if not (out / "model").is_dir():
-        command = [sys.executable, "tba.py", "--out", out, *settings]
+    key = hashlib.sha256(json.dumps([str(each) for each in settings]).encode()).hexdigest()[:8]
+    out = root / f"{name}-{key}"
+    finished = out / "bench.json"
+    if not finished.is_file():
+        shutil.rmtree(out, ignore_errors=True)  # what an interrupted benchmark left
+        command = [sys.executable, "tba.py", "--out", out.resolve(), *settings]
         done = subprocess.run([*map(str, command)], cwd=PROJECT, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stderr}")
+        finished.write_text(json.dumps(figures(out)) + "\n")
+    return json.loads(finished.read_text())
+
+
+def figures(out: Path) -> dict[str, float]:
+    """What a finished run's metrics say.
+
+    Returns:
+        The last evaluation's figures by their names (`pass@1`, ...), those before training as `pass@1 before`, ...;
+        `kl`, the mean of the last 50 updates' batches, in nats a response; `steps`; `seconds` that training took.
+    """
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    updates, evaluations = ([row for row in rows if name in row] for name in ("loss", "eval/pass@1"))
-    figures = {name.removeprefix("eval/"): row for name, row in (evaluations or [{}])[-1].items() if "eval/" in name}
-    before = (evaluations or [{}])[0].items()
-    figures |= {f"{name.removeprefix('eval/')} before": row for name, row in before if "eval/" in name}
-    first = updates[len(updates) // 10]
-    rate = (updates[-1]["step"] - first["step"]) / (updates[-1]["time"] - first["time"])
+    updates = [row for row in rows if "loss" in row]
+    evaluations = [
+        {key.removeprefix("eval/"): value for key, value in row.items() if "eval/" in key}
+        for row in rows
+        if "eval/pass@1" in row
+    ]
     kl = statistics.fmean(row["kl"] for row in updates[-LAST:])
-    return figures | {"kl": kl, "steps": len(updates), "seconds": updates[-1]["time"], "updates_per_s": rate}
+    found = {"kl": kl, "steps": updates[-1]["step"], "seconds": updates[-1]["time"]}
+    if evaluations:
+        found |= evaluations[-1] | {f"{key} before": value for key, value in evaluations[0].items()}
+    return found
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """For argparse: a whole number that is at least so much."""
+
+    def number(text: str) -> int:
+        if (value := int(text)) < low:
+            raise argparse.ArgumentTypeError(f"{value}: it must be at least {low}")
+        return value
+
+    return number
 
 
 def median_and_range(values: list[float], digits: int = 3) -> str:
-    """0.75 (0.73 to 0.76)"""
+    """0.750 (0.730 to 0.760)"""
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"

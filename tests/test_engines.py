@@ -36,26 +36,25 @@ def test_engine_and_trainer_agree_after_a_sync(make_model, tokenizer, tmp_path, 
     prompt = np.array(tokenizer("How many clips did Natalia sell?").input_ids, dtype=np.int32)
 
     async def check() -> None:
-        searcher = Searcher(["cpu"], temperature=0.7, max_tokens=16, logprobs=True)
+        searcher = Searcher(["cpu"], temperature=0.7, max_tokens=16)
         try:
             await searcher.start(folder, 128, 0, {}, cores()[1], tmp_path / "engine.log")
             trainer.staging = await share(trainer.policy, searcher)
             trainer.publish(prompt)
             await searcher.load_staging(0)
-            responses, version = await searcher.generate(prompt, 8)
+            responses, version = await searcher.generate(prompt, 8, logprobs=True)
             assert version == 0 and len(responses) == 8
             assert len({r.tokens.tobytes() for r in responses}) > 1
             for r in responses:  # what the trainer reads as the behaviour policy: temperature is in it
                 assert np.abs(r.logprobs - drawn_from(trainer, prompt, r.tokens)).max() < 1e-4
-            assert (await searcher.generate(prompt, 1, greedy=True))[0][0].logprobs is None
             tokens = np.concatenate([prompt, responses[0].tokens])
-            first = trainer.token_logprobs(tokens)
+            first = trainer.probe(tokens)
             assert difference(await searcher.prompt_logprobs(tokens), first) < 1e-4
 
             with torch.no_grad():
                 for weight in trainer.policy.parameters():
                     weight.add_(0.05 * torch.randn_like(weight))
-            second = trainer.token_logprobs(tokens)
+            second = trainer.probe(tokens)
             assert np.abs(second - first).max() > 0.1  # or nothing is shown
             running = asyncio.create_task(searcher.generate(prompt, 200))
             await asyncio.sleep(0.01)
@@ -68,7 +67,7 @@ def test_engine_and_trainer_agree_after_a_sync(make_model, tokenizer, tmp_path, 
             assert len(responses) == 200 and version == 0
             assert (await searcher.generate(prompt, 1))[1] == 7
 
-            trainer.staging.flat[len(trainer.staging.flat) // 2 :].zero_()  # a spoiled weight is seen
+            trainer.staging.flat[len(trainer.staging.flat) // 2 :].zero_()  # half of the weights are lost
             await searcher.load_staging(8)
             with pytest.raises(RuntimeError, match="on cpu and the trainer differ by"):
                 await compare(searcher, tokens, second, AGREE[torch.float32])
@@ -102,7 +101,7 @@ def test_two_engines_share_the_requests_and_responses_end_where_they_should(make
             first, second = [responses for responses, _ in await asyncio.gather(*requests)]
             assert {r.tokens.tobytes() for r in first} != {r.tokens.tobytes() for r in second}
             found = await searcher.prompt_logprobs(prompt)
-            assert len(found) == 2 and difference(found, trainer.token_logprobs(np.array(prompt))) < 1e-4
+            assert len(found) == 2 and difference(found, trainer.probe(np.array(prompt))) < 1e-4
             assert 0 < searcher.busy_seconds < 10
             responses, _ = await searcher.generate(prompt, 200)
         finally:

@@ -171,22 +171,35 @@ def test_engines_and_trainer_agree_after_each_sync(short_run):
     assert all(0 <= mean <= largest < 1e-4 for mean, largest in differences)
 
 
-def test_the_benches_read_finished_runs(short_run, tmp_path):
-    """They make no run that is there already: here each finds the short one under the name of its own."""
-    names = ["tb-calibration", "tb-lr0.0001-1s-seed0"]
-    names += [f"{method}-2x-60-seed0" for method in ("tb-with-replay", "tb-without-replay", "grpo")]
-    for name in names:
-        (tmp_path / name).symlink_to(short_run[0])
-    for bench, settings in (
-        ("objectives", ["--losses", "tb", "--seconds", "1"]),
-        ("search_scaling", ["--steps", "60", "--ratios", "2"]),
+def test_the_benches_tabulate_finished_runs(short_run, tmp_path, monkeypatch, capsys):
+    """Here tba.py is not started anew: a copy of the short run stands for what it leaves."""
+    from bench import objectives, runs, search_scaling
+
+    asked = []
+
+    def finished(command, **_):
+        asked.append(command)
+        shutil.copytree(short_run[0], command[command.index("--out") + 1])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(runs.subprocess, "run", finished)
+    last = [row for row in read(short_run[0] / "metrics.jsonl") if "eval/pass@1" in row][-1]
+    for bench, settings, count in (
+        (objectives, ["--losses", "tb", "grpo"], 2),
+        (search_scaling, ["--steps", "60", "--ratios", "2"], 3),
     ):
-        command = [sys.executable, "-m", f"bench.{bench}", "--seeds", "1", "--out", str(tmp_path), "--json", *settings]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PROJECT)
-        rows = json.loads(done.stdout.splitlines()[-1])["rows"]
-        last = [row for row in read(short_run[0] / "metrics.jsonl") if "eval/pass@1" in row][-1]
-        assert all(row["pass@1"] == last["eval/pass@1"] and row["steps"] == 60 for row in rows)
-        assert len(rows) == (1 if bench == "objectives" else 3) and f"{last['eval/distinct']:.3f}" in done.stdout
+        monkeypatch.setattr(sys, "argv", ["bench", "--seeds", "1", "--out", str(tmp_path), "--json", *settings])
+        for again in (False, True):  # a run that is there is not made again
+            asked.clear()
+            bench.main()
+            assert len(asked) == (0 if again else count)
+            printed = capsys.readouterr().out
+            rows = json.loads(printed.splitlines()[-1])["rows"]
+            assert all(row["pass@1"] == last["eval/pass@1"] and row["steps"] == 60 for row in rows)
+            assert f"{last['eval/distinct']:.3f}" in printed
+    next(tmp_path.glob("grpo-*/bench.json")).unlink()  # an interrupted one is
+    bench.main()
+    assert len(asked) == 1
 
 
 def test_the_policy_loads_in_transformers_and_in_vllm_with_the_same_greedy_answers(short_run, embedded):
@@ -347,7 +360,7 @@ def test_gsm8k_from_end_to_end(gsm8k, make_model, tmp_path, nothing_left):
         "--task", "gsm8k", "--model", make_model("llama", True), "--data", gsm8k, "--out", out, "--steps", 6,
         "--prompts-per-step", 2, "--responses-per-prompt", 4, "--search-responses", 4, "--max-tokens", 32, "--prime", 8,
         "--eval-prompts", 4, "--eval-samples", 2, "--eval-every", 0, "--save-every", 0, "--lr-decay", 3,
-        "--lr-warmup", 2,
+        "--lr-warmup", 2, "--loss", "tb_prime",
     )  # fmt: skip
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
