@@ -147,7 +147,13 @@ class Config:
         return min(max(step, int(share * self.steps)), self.steps - 1)
 
     def ended(self, step: int, seconds: float) -> bool:
-        """Whether training ends after so many updates and seconds."""
+        """Whether training ends after so many updates and seconds.
+
+        >>> [Config(steps=100, max_seconds=20.0).ended(*at) for at in ((99, 19.9), (100, 5.0), (9, 20.0))]
+        [False, True, True]
+        >>> Config(steps=100).ended(99, 1e9)
+        False
+        """
         return step >= self.steps or 0 < self.max_seconds <= seconds
 
     @property

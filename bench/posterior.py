@@ -38,6 +38,7 @@ PROMPTS = [np.array(prompt, dtype=np.int32) for prompt in ([1, 2], [3, 1])]
 MODES, BETA = 6, 0.3
 K, UPDATES, LR, WARM_UP = 64, 800, 2e-3, 20
 STALENESS = (0, 4, 16, 64)
+PLACES = [*(f"{s} updates old" for s in STALENESS), "uniformly random"]
 RUNS = [*OBJECTIVES, "tb_prime_no_ratio"]
 
 BODIES = [body for length in range(LONGEST) for body in itertools.product(LETTERS, repeat=length)]
@@ -128,8 +129,9 @@ def train(name: str, data: str, staleness: int, seed: int, updates: int = UPDATE
     reference = world.logprobs(trainer.reference)
     past = deque([reference], maxlen=staleness + 1)  # the policy after each of the last updates
     fixed = Buffer(capacity=len(RESPONSES), seed=seed)
-    for group in world.groups(world.uniform(), rng, 2000):
-        fixed.add(group)
+    if data == "uniform":
+        for group in world.groups(world.uniform(), rng, 2000):
+            fixed.add(group)
     for step in range(updates):
         groups = fixed.sample(len(PROMPTS), K, 0.0) if data == "uniform" else world.groups(past[0], rng, K)
         lr = LR * min((step + 1) / WARM_UP, 1 - step / updates)
@@ -162,6 +164,10 @@ def main() -> None:
         spread = [f"{each[n]:.3g} ({each[f'{n}_range'][0]:.3g} to {each[f'{n}_range'][1]:.3g})" for n in ("kl", "tv")]
         age = "" if each["staleness"] is None else each["staleness"]
         print(f"| {each['loss']} | {each['data']} | {age} | {' | '.join(spread)} | {each['modes']:g} |")
+    print(f"\nKL(pi, pi*), medians\n\n| objective | {' | '.join(PLACES)} |\n" + "|---" * (len(PLACES) + 1) + "|")
+    for name in RUNS:
+        medians = [f"{each['kl']:.2g}" for each in rows if each["loss"] == name]
+        print(f"| {name} | {' | '.join(medians)} |")
     draw(rows, arguments.picture)
     if arguments.json:
         print(json.dumps({"rows": rows}))
@@ -184,7 +190,7 @@ def draw(rows: list[dict], path: str) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    places = range(len(STALENESS) + 1)
+    places = range(len(PLACES))
     for i, name in enumerate(RUNS):
         mine = [each for each in rows if each["loss"] == name]
         middle, (low, high) = [each["kl"] for each in mine], zip(*(each["kl_range"] for each in mine), strict=True)
@@ -194,7 +200,7 @@ def draw(rows: list[dict], path: str) -> None:
         axes.plot(beside[-1:], middle[-1:], linestyle="none", **style)
         axes.vlines(beside, low, high, color=f"C{i}", linewidth=1)
     axes.set_yscale("log")
-    axes.set_xticks(places, [*(f"{s} updates old" for s in STALENESS), "uniformly random"])
+    axes.set_xticks(places, PLACES)
     axes.set_ylabel("KL(pi || pi*), nats")
     axes.legend(fontsize=8, ncols=2)
     axes.grid(alpha=0.3)

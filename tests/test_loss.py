@@ -239,6 +239,15 @@ def test_a_token_beyond_the_clip_stops_ppo_but_not_cispo():
     assert gradient("cispo", raised, 0.0)[best].all() and gradient("tb_prime", raised, 0.0)[best].all()
 
 
+def test_a_group_without_a_winner_counts_0_in_dpo():
+    batch = make_batch()
+    rewards = batch.rewards_BK.clone()
+    rewards[1:] = 0.5
+    one = each_tensor(batch, lambda x: x[:1])
+    some = OBJECTIVES["online_dpo"](changed(batch, rewards_BK=rewards), BETA)
+    torch.testing.assert_close(some, OBJECTIVES["online_dpo"](one, BETA) / B)
+
+
 def test_the_importance_ratio_is_cut_off():
     batch = make_batch(spread=0.0)
     far = changed(batch, logprobs_BKT=(batch.behaviour_BKT + 3.0 * batch.mask_BKT).requires_grad_())  # ratio 20

@@ -128,7 +128,11 @@ def test_figures_are_the_same_however_an_update_is_cut(make_model, tokenizer):
     folder, groups = str(make_model("llama", False)), make_groups(len(tokenizer))
     groups[0].responses = [dataclasses.replace(r, tokens=np.resize(r.tokens, 40)) for r in groups[0].responses]
     whole = Trainer(folder, tb, "cpu").update(groups, beta=0.1, lr=1e-3)
-    cut = Trainer(folder, tb, "cpu", micro_batch_tokens=1).update(groups, beta=0.1, lr=1e-3)
+    trainer = Trainer(folder, tb, "cpu", micro_batch_tokens=1)
+    with torch.no_grad():
+        _, entropy_N = trainer.logprobs(trainer.policy, pack(groups, trainer.device), 1.0)
+    assert whole["entropy"] == pytest.approx(entropy_N.mean().item(), rel=1e-3)
+    cut = trainer.update(groups, beta=0.1, lr=1e-3)
     assert cut == pytest.approx(whole, rel=1e-3, abs=1e-6)
 
 
