@@ -25,7 +25,7 @@ from pathlib import Path
 
 from bench.runs import at_least, median_and_range, run
 
-PROMPTS, K = 8, 8
+PROMPTS, K, LR = 8, 8, 2e-4
 METHODS = {
     "tb with replay": ["--loss", "tb", "--on-policy-prob", 0.5, "--replay", "reward"],
     "tb without replay": ["--loss", "tb"],
@@ -36,10 +36,10 @@ METHODS = {
 def main() -> None:
     """Run, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=at_least(1), default=250, help="updates of each run")
+    parser.add_argument("--steps", type=at_least(1), default=200, help="updates of each run")
     parser.add_argument("--seeds", type=at_least(1), default=3)
     parser.add_argument("--ratios", type=at_least(1), nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--eval-prompts", type=at_least(1), default=400)
+    parser.add_argument("--eval-prompts", type=at_least(1), default=200)
     parser.add_argument("--out", type=Path, default=Path("runs/search_scaling"))
     parser.add_argument("--json", action="store_true", help="print the rows as one JSON object, last")
     arguments = parser.parse_args()
@@ -49,16 +49,14 @@ def main() -> None:
         result = run(
             arguments.out, f"{method.replace(' ', '-')}-{ratio}x", *METHODS[method], "--numbers", 4, "--strict",
             "--prompts-per-step", PROMPTS, "--responses-per-prompt", K, "--search-responses", ratio * K, "--seed", seed,
-            "--steps", arguments.steps, "--eval-every", 0, "--eval-samples", 16, "--eval-prompts",
+            "--steps", arguments.steps, "--lr", LR, "--eval-every", 0, "--eval-samples", 16, "--eval-prompts",
             arguments.eval_prompts,
         )  # fmt: skip
         row = {"method": method, "ratio": ratio, "seed": seed} | result
         print(row, flush=True)
         return row
 
-    cases = [
-        (method, ratio, seed) for seed in range(arguments.seeds) for ratio in arguments.ratios for method in METHODS
-    ]
+    cases = [(method, ratio, seed) for seed in range(arguments.seeds) for ratio in ratios for method in METHODS]
     with ThreadPoolExecutor(2) as pool:
         rows = list(pool.map(lambda case: job(*case), cases))
     base = [row["pass@1 before"] for row in rows if row["method"] == "grpo" and row["ratio"] == ratios[0]]
