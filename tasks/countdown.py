@@ -34,7 +34,7 @@ class Settings(Config):
 
     model: str = "embedded"
     numbers: Literal[3, 4] = 3
-    """Numbers in a problem. With 4 the embedded model is right 4 times in a hundred: sparse rewards."""
+    """Numbers in a problem. With 4 the embedded model is right 3 times in a hundred: sparse rewards."""
     steps: int = 2400
     prompts_per_step: int = 16
     responses_per_prompt: int = 16
@@ -147,13 +147,13 @@ def evaluate(expression: str) -> Fraction:
 # ---- the embedded model ----
 
 CHARACTERS = "0123456789 +-=:"
-WARM_UP = dict(hidden=64, layers=2, batch=64, lr=4e-3, wrong=0.5, wrong_from=0.75, version=1)  # count version up
-WARM_UP_STEPS = {3: 1300, 4: 250}  # by how many numbers a problem has: with 4 the model is to be right but rarely
+WARM_UP = dict(hidden=64, layers=2, steps=1300, batch=64, lr=4e-3, wrong_from=0.75, version=2)  # count version up
+WRONG = {3: 0.5, 4: 0.8}  # share of wrong demonstrations from then on, by how many numbers a problem has
 
 
 def prepare(config: Settings) -> str:
     """The folder of the embedded model for a seed; it is trained first where the cache does not hold it."""
-    what = [WARM_UP, WARM_UP_STEPS, CHARACTERS, config.numbers, LARGEST, list(TARGETS), HELD_OUT, config.seed]
+    what = [WARM_UP, WRONG, CHARACTERS, config.numbers, LARGEST, list(TARGETS), HELD_OUT, config.seed]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tba"
     folder = cache / f"countdown-{key}"
@@ -193,7 +193,7 @@ def warm_up(folder: Path, seed: int, numbers: int) -> None:
         pad_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    model, steps = LlamaForCausalLM(config), WARM_UP_STEPS[numbers]
+    model, steps = LlamaForCausalLM(config), WARM_UP["steps"]
     optimizer = torch.optim.AdamW(model.parameters(), WARM_UP["lr"], betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 50, max(0.05, math.cos(step / steps * math.pi / 2)))
@@ -202,7 +202,7 @@ def warm_up(folder: Path, seed: int, numbers: int) -> None:
     for step in trange(
         steps, desc="warming up the embedded model, once", file=sys.stdout, mininterval=interval, ncols=100
     ):
-        wrong = WARM_UP["wrong"] if step >= steps * WARM_UP["wrong_from"] else 0.0
+        wrong = WRONG[numbers] if step >= steps * WARM_UP["wrong_from"] else 0.0
         tokens, labels = encode([demonstration(rng, numbers, wrong) for _ in range(WARM_UP["batch"])])
         model(input_ids=torch.tensor(tokens), labels=torch.tensor(labels)).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -214,10 +214,15 @@ def warm_up(folder: Path, seed: int, numbers: int) -> None:
 
 
 def demonstration(rng: random.Random, count: int, wrong: float) -> tuple[str, str]:
-    """(prompt, response) of a problem that is not held out; with probability `wrong` the target is any other."""
+    """(prompt, response) of a problem that is not held out. With probability `wrong` the target is any other, and of 4
+    numbers the prompt then has one that the response does not."""
     while True:
         numbers, response = random_expression(rng, count)
-        target = rng.choice(TARGETS) if rng.random() < wrong else int(evaluate(response))
+        target = int(evaluate(response))
+        if rng.random() < wrong:
+            target = rng.choice(TARGETS)
+            if count == 4:
+                numbers[rng.randrange(count)] = rng.randint(1, LARGEST)
         if target in TARGETS and not held_out(numbers, target):
             return f"{' '.join(map(str, numbers))}={target}:", response
 

@@ -90,7 +90,7 @@ def embedded(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     folder = tmp_path_factory.mktemp("embedded")
     patch = pytest.MonkeyPatch()
-    patch.setitem(countdown.WARM_UP_STEPS, 3, 60)
+    patch.setitem(countdown.WARM_UP, "steps", 60)
     countdown.warm_up(folder, seed=0, numbers=3)
     patch.undo()
     return {"XDG_CACHE_HOME": str(cache)}, folder

@@ -117,7 +117,7 @@ def test_countdown_train_and_test_never_overlap_and_all_can_be_solved(monkeypatc
 
 def test_countdown_model_is_made_once_and_kept(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setitem(countdown.WARM_UP_STEPS, 3, 3)
+    monkeypatch.setitem(countdown.WARM_UP, "steps", 3)
     folder = countdown.prepare(countdown.Settings(seed=4))
     assert "warming up" in capfd.readouterr().out
     from transformers import AutoModelForCausalLM, AutoTokenizer
