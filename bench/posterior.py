@@ -159,6 +159,14 @@ def main() -> None:
             pass
         rows = [row(case, [job.result() for job in each]) for case, each in zip(cases, jobs, strict=True)]
     print(f"{updates} updates of {len(PROMPTS)} x {K} responses, {len(seeds)} seeds: median (lowest to highest)\n")
+    show(rows)
+    draw(rows, arguments.picture)
+    if arguments.json:
+        print(json.dumps({"rows": rows}))
+
+
+def show(rows: list[dict]) -> None:
+    """Print all figures, and the medians of KL side by side."""
     print("| objective | data | staleness | KL(pi, pi*) | total variation | modes of 12 |\n|---|---|---|---|---|---|")
     for each in rows:
         spread = [f"{each[n]:.3g} ({each[f'{n}_range'][0]:.3g} to {each[f'{n}_range'][1]:.3g})" for n in ("kl", "tv")]
@@ -168,9 +176,6 @@ def main() -> None:
     for name in RUNS:
         medians = [f"{each['kl']:.2g}" for each in rows if each["loss"] == name]
         print(f"| {name} | {' | '.join(medians)} |")
-    draw(rows, arguments.picture)
-    if arguments.json:
-        print(json.dumps({"rows": rows}))
 
 
 def row(case: tuple, results: list[dict]) -> dict:

@@ -27,21 +27,28 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def processes() -> set[int]:
-    """vLLM's engine processes and the project's runs on this machine."""
-    found = set()
+MARK = f"TBA_TEST={os.getpid()}"  # in the environment of what these tests start, and of what that starts
+os.environ.update([MARK.split("=")])
+
+
+def read_of_processes(name: str) -> Iterator[tuple[int, bytes]]:
+    """(process, the file of that name in its folder of /proc) of all processes that may be read."""
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (folder / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if b"VLLM::" in command or b"tba.py" in command or b"multiprocessing.spawn" in command:
-            found.add(int(folder.name))
-    return found
+        with contextlib.suppress(OSError):
+            yield int(folder.name), (folder / name).read_bytes()
+
+
+def processes() -> set[int]:
+    """The processes that these tests started and those started by them, but not Python's tracker of shared memory."""
+    marked = {process for process, environment in read_of_processes("environ") if MARK.encode() in environment}
+    return marked - {process for process, command in read_of_processes("cmdline") if b"resource_tracker" in command}
 
 
 def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
+    """What lies in shared memory and no process has mapped."""
+    names = {path.name for path in Path("/dev/shm").iterdir()}
+    mapped = b"".join(maps for _, maps in read_of_processes("maps"))
+    return {name for name in names if f"/dev/shm/{name}".encode() not in mapped}
 
 
 @contextlib.contextmanager
@@ -197,7 +204,7 @@ def test_the_benches_tabulate_finished_runs(short_run, tmp_path, monkeypatch, ca
             rows = json.loads(printed.splitlines()[-1])["rows"]
             assert all(row["pass@1"] == last["eval/pass@1"] and row["steps"] == 60 for row in rows)
             assert f"{last['eval/distinct']:.3f}" in printed
-    next(tmp_path.glob("grpo-*/bench.json")).unlink()  # an interrupted one is
+    next(tmp_path.glob("grpo-2x-*/bench.json")).unlink()  # an interrupted one is
     bench.main()
     assert len(asked) == 1
 
