@@ -1,6 +1,6 @@
 """Does an objective reach the posterior pi* ~ pi_ref exp(r/beta), and from data how old?
 
-    python -m bench.posterior             3 seeds, about 15 minutes on 2 cores; draws bench/posterior.png
+    python -m bench.posterior             3 seeds, 15 to 30 minutes on 2 cores; draws bench/posterior.png
     python -m bench.posterior --quick     one seed, under 3 minutes
     python -m bench.posterior --json      prints, last, the rows as one JSON object
 
