@@ -28,7 +28,7 @@ def read(path: Path) -> list[dict]:
 
 
 MARK = f"TBA_TEST={os.getpid()}"  # in the environment of what these tests start, and of what that starts
-os.environ.update([MARK.split("=")])
+os.environ.update([MARK.split("="), ("SPT_NOENV", "1")])  # vLLM's process titles would overwrite it otherwise
 
 
 def read_of_processes(name: str) -> Iterator[tuple[int, bytes]]:
