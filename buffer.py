@@ -2,7 +2,8 @@
 
 What comes in is a group, the responses that one search found for one prompt. What goes out is a batch of groups,
 B distinct prompts with exactly K responses each. Which response leaves a full heap, and which responses of a prompt
-are trained on, are plain functions (`EVICTION`, `REPLAY`): add yours there.
+are trained on, are plain functions (`EVICTION`, `REPLAY`): add yours there. So are the distances by which responses
+are kept apart (`NEAR_DUPLICATE`).
 
 Nothing here costs more as more is stored: a prompt holds at most `capacity` responses, and prompts are found by index.
 """
@@ -10,7 +11,7 @@ Nothing here costs more as more is stored: a prompt holds at most `capacity` res
 import heapq
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,6 +28,7 @@ class Trajectory:
     logprobs: np.ndarray | None = None  # float32 [T], of its tokens under the policy that wrote it; None: not asked for
     ref_logprobs: np.ndarray | None = None  # float32 [T], of its tokens under the reference; None: not computed yet
     ref_version: int = 0  # how often the reference had been reset
+    embedding: np.ndarray | None = None  # float32 [D], of length 1: only where the buffer compares by it
 
 
 @dataclass(slots=True, eq=False)
@@ -58,8 +60,26 @@ def by_reward(rewards: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarr
     return np.argsort(-(rewards + rng.gumbel(size=len(rewards))), kind="stable")[:k]
 
 
+def edit(new: Trajectory, stored: list[Trajectory]) -> np.ndarray:
+    """Distance of a response to each stored one [N]: edits of tokens, over the tokens of both; from 0 to 1."""
+    from rapidfuzz.distance import Levenshtein
+    from rapidfuzz.process import cdist
+
+    def text(response: Trajectory) -> str:  # a character a token, which is what the library is fast with
+        return response.tokens.astype("<i4").tobytes().decode("utf-32-le", "surrogatepass")
+
+    edits = cdist([text(new)], [text(response) for response in stored], scorer=Levenshtein.distance)[0]
+    return edits / (len(new.tokens) + np.array([len(response.tokens) for response in stored]))
+
+
+def cosine(new: Trajectory, stored: list[Trajectory]) -> np.ndarray:
+    """Cosine distance of a response's embedding to each stored one's [N]; from 0 to 2."""
+    return 1 - np.stack([response.embedding for response in stored]) @ new.embedding
+
+
 EVICTION = {"oldest": oldest, "lowest_reward": lowest_reward}
 REPLAY = {"uniform": uniform, "reward": by_reward}
+NEAR_DUPLICATE = {"exact": None, "edit": edit, "cosine": cosine}
 
 
 @dataclass(slots=True)
@@ -78,12 +98,20 @@ class Buffer:
         evict: a key for the heap; the response whose key is smallest leaves a full one first, the oldest among equals.
         replay: chooses k responses of a prompt that does not come from the newest data.
         seed: of the sampling.
+        distance: of a response to stored ones; None: only exact duplicates are told.
+        near: of two responses of a prompt that are nearer than this, the better is kept, of equals the first.
     """
 
     def __init__(
-        self, capacity: int = 100, evict: Callable = oldest, replay: Callable = uniform, seed: int | list[int] = 0
+        self,
+        capacity: int = 100,
+        evict: Callable = oldest,
+        replay: Callable = uniform,
+        seed: int | list[int] = 0,
+        distance: Callable | None = None,
+        near: float = 0.25,
     ):
-        self.capacity, self.evict, self.replay = capacity, evict, replay
+        self.capacity, self.evict, self.replay, self.distance, self.near = capacity, evict, replay, distance, near
         self.rng = np.random.default_rng(seed)
         self.prompts: dict[int, _Prompt] = {}
         self.seen: list[int] = []  # prompt ids, to draw one by index
@@ -96,26 +124,41 @@ class Buffer:
     def __len__(self) -> int:
         return self.size
 
-    def add(self, group: Group) -> None:
-        """Store a group. An exact duplicate replaces the one stored before it."""
+    def add(self, group: Group, newest: bool = True) -> None:
+        """Store a group. An exact duplicate replaces the one stored before it.
+
+        Args:
+            group: responses to one prompt.
+            newest: whether it is newest data; else it is replayed only.
+        """
         if (entry := self.prompts.get(group.prompt_id)) is None:
             entry = self.prompts[group.prompt_id] = _Prompt(group.prompt)
             self.seen.append(group.prompt_id)
         self.size -= len(entry.stored)
         fresh = {t.tokens.tobytes(): t for t in group.responses}  # of duplicates the last stays
-        if stale := {id(entry.stored[key]) for key in fresh.keys() & entry.stored.keys()}:
-            entry.heap = [item for item in entry.heap if id(item[-1]) not in stale]
-            heapq.heapify(entry.heap)
+        self._remove(entry, fresh.keys() & entry.stored.keys())
         for key, trajectory in fresh.items():
+            if self.distance and entry.stored:
+                distances = self.distance(trajectory, list(entry.stored.values()))
+                near = [k for k, distance in zip(entry.stored, distances, strict=True) if distance < self.near]
+                if any(entry.stored[k].reward >= trajectory.reward for k in near):
+                    continue
+                self._remove(entry, near)
             entry.stored[key] = trajectory
             heapq.heappush(entry.heap, (self.evict(trajectory), next(self.arrivals), trajectory))
             if len(entry.heap) > self.capacity:
                 del entry.stored[heapq.heappop(entry.heap)[-1].tokens.tobytes()]
         self.size += len(entry.stored)
-        entry.newest = [fresh[t.tokens.tobytes()] for t in group.responses]  # as often as the policy said it
-        self.recent[group.prompt_id] = None
-        self.recent.move_to_end(group.prompt_id)
-        self.arrived.add(group.prompt_id)
+        if newest:
+            entry.newest = [fresh[t.tokens.tobytes()] for t in group.responses]  # as often as the policy said it
+            self.recent[group.prompt_id] = None
+            self.recent.move_to_end(group.prompt_id)
+            self.arrived.add(group.prompt_id)
+
+    def _remove(self, entry: _Prompt, keys: Iterable[bytes]) -> None:
+        if gone := {id(entry.stored.pop(key)) for key in list(keys)}:
+            entry.heap = [item for item in entry.heap if id(item[-1]) not in gone]
+            heapq.heapify(entry.heap)
 
     def start_window(self) -> None:
         """From now on, what comes is the newest data: call it when a sync is done."""

@@ -9,9 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tasks
-from buffer import EVICTION, REPLAY
-from loss import IMPORTANCE_WEIGHTED, NEED_BETA, OBJECTIVES
+from buffer import EVICTION, NEAR_DUPLICATE, REPLAY
+from loss import IMPORTANCE_WEIGHTED, NEED_BETA, OBJECTIVES, TRAJECTORY_BALANCE
 
 
 @dataclass(frozen=True)
@@ -22,11 +21,13 @@ class Config:
     """
 
     task: str = "countdown"
-    """What to train on: countdown or gsm8k."""
+    """What to train on: countdown, gsm8k, math, redteam, tldr, or the path of a Python file with a task of your own."""
     model: str = ""
     """The policy to start from: a Hugging Face folder or hub id."""
     data: str = ""
     """Where the task's problems are: a folder or a data set on the hub."""
+    seed_data: str = ""
+    """JSONL file of demonstrations (prompt, response, optional reward) that are in the buffer before search starts."""
     out: str = ""
     """Folder for what the run leaves; default runs/<task>-<time>."""
     seed: int = 0
@@ -61,12 +62,26 @@ class Config:
     """What beta is annealed to."""
     beta_steps: int = 0
     """Updates until beta is beta_final."""
+    gamma: float = 1.0
+    """With loss tb or tb_prime the optimum is pi_ref^(1/gamma) exp(r/beta): above 1 the reference weighs less."""
+    gamma_final: float = 1.0
+    """What gamma is annealed to, linearly."""
+    gamma_steps: int = 0
+    """Updates until gamma is gamma_final; 0: it stays."""
     reference_reset: int = 0
     """rho: updates between two resets of the reference to the policy; 0: it stays."""
     temperature: float = 1.0
     """Of the sampling; the objective divides logits by it too."""
+    search_temperatures: tuple[float, ...] = ()
+    """Lowest and highest: each search draws its own temperature between them, whatever the objective's is."""
     max_tokens: int = 256
     """Longest response, in tokens."""
+    min_tokens: int = 0
+    """Tokens of a response before which it cannot end."""
+    reward_timeout: float = 60.0
+    """Seconds that the reward of a prompt's responses may take; after that they are dropped, and counted."""
+    reward_concurrency: int = 64
+    """Prompts whose responses are scored at a time."""
     sync_every: int = 2
     """k: updates between two syncs of the engines' weights."""
     check_sync: bool = False
@@ -81,6 +96,10 @@ class Config:
     """Responses that the buffer keeps of a prompt."""
     evict: str = "oldest"
     """Which response leaves a full buffer: oldest or lowest_reward."""
+    near_duplicates: str = "exact"
+    """What counts as a duplicate: exact, or what is near by edit distance (edit) or by its embedding (cosine)."""
+    near_duplicate_distance: float = 0.25
+    """How near: edits over the tokens of both, or cosine distance. Only a better response replaces a near duplicate."""
     replay: str = "uniform"
     """How responses of a prompt that is not new are chosen: uniform, or by softmax of the reward."""
     max_grad_norm: float = 1.0
@@ -103,6 +122,8 @@ class Config:
     """Updates between two checkpoints; 0: none, only the policy at the end."""
     resume: str = ""
     """Go on with the run in this folder, from its newest checkpoint."""
+    dry_run: bool = False
+    """Show the resolved settings and the first prompt as the model sees it, and end."""
 
     def beta_at(self, step: int) -> float:
         """Beta of the update that follows `step` updates.
@@ -120,6 +141,15 @@ class Config:
         if self.beta_schedule == "cosine":
             done = (1 - math.cos(math.pi * done)) / 2
         return self.beta + done * (self.beta_final - self.beta)
+
+    def gamma_at(self, step: int) -> float:
+        """Gamma of the update that follows `step` updates.
+
+        >>> [Config(gamma=2.0, gamma_steps=4).gamma_at(step) for step in (0, 2, 4, 9)]
+        [2.0, 1.5, 1.0, 1.0]
+        """
+        done = min(1.0, step / self.gamma_steps) if self.gamma_steps else 0.0
+        return self.gamma + done * (self.gamma_final - self.gamma)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the update that follows `step` updates.
@@ -164,14 +194,14 @@ class Config:
 
 AT_LEAST = dict(
     seed=0, steps=1, max_seconds=0, prompts_per_step=1, responses_per_prompt=2, search_responses=2, lr_warmup=0,
-    lr_decay=0, beta=0, beta_final=0, beta_steps=0, reference_reset=0, max_tokens=1, sync_every=1, on_policy_prob=0,
-    prime=0, capacity=1, micro_batch_tokens=1, gpu_memory_utilization=0, eval_every=0, eval_prompts=0, eval_samples=1,
-    save_every=0,
+    lr_decay=0, beta=0, beta_final=0, beta_steps=0, gamma_steps=0, reference_reset=0, max_tokens=1, min_tokens=0,
+    sync_every=1, on_policy_prob=0, prime=0, capacity=1, near_duplicate_distance=0, micro_batch_tokens=1,
+    gpu_memory_utilization=0, eval_every=0, eval_prompts=0, eval_samples=1, save_every=0, reward_concurrency=1,
 )  # fmt: skip
-AT_MOST = dict(on_policy_prob=1, gpu_memory_utilization=1, seed=2**31 - 1)
-POSITIVE = ("lr", "temperature", "max_grad_norm")  # and finite
+AT_MOST = dict(on_policy_prob=1, gpu_memory_utilization=1, near_duplicate_distance=2, seed=2**31 - 1)
+POSITIVE = ("lr", "temperature", "max_grad_norm", "gamma", "gamma_final", "reward_timeout")  # and finite
 ONE_OF = dict(
-    evict=EVICTION, replay=REPLAY, loss=OBJECTIVES,
+    evict=EVICTION, replay=REPLAY, near_duplicates=NEAR_DUPLICATE, loss=OBJECTIVES,
     lr_schedule=("constant", "linear", "wsd"), beta_schedule=("constant", "linear", "cosine"),
 )  # fmt: skip
 STRICT = dict(strict=True, sync_every=1, on_policy_prob=1.0, prime=0)  # defaults with --strict
@@ -205,6 +235,18 @@ def check(config: Config) -> None:
         refuse("beta_final", "0 with beta_schedule constant")
     if (config.lr_schedule == "wsd") != (config.lr_decay > 0):
         refuse("lr_decay", "above 0 with lr_schedule wsd, and 0 with others")
+    if config.loss not in TRAJECTORY_BALANCE and (config.gamma != 1 or config.gamma_steps):
+        refuse("gamma", f"1, and gamma_steps 0, with loss {config.loss}")
+    low_high = config.search_temperatures
+    if low_high and not (len(low_high) == 2 and 0 < low_high[0] <= low_high[1] < float("inf")):
+        refuse("search_temperatures", "two numbers above 0, the lower first")
+    if config.min_tokens > config.max_tokens:
+        refuse("min_tokens", f"at most max_tokens, {config.max_tokens}")
+    if config.seed_data:
+        if not config.on_policy:
+            refuse("seed_data", f"left out with loss {config.loss}, which needs the policy that wrote a response")
+        if config.strict:
+            refuse("seed_data", "left out with strict, where each update has responses of the very policy")
     if config.strict and config.prime:
         refuse("prime", "0 with strict, which searches before each update")
     if config.loss in NEED_BETA:
@@ -237,6 +279,8 @@ def parse(arguments: list[str]) -> Config:
     """
     import tyro
 
+    import tasks
+
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--task", default=Config.task)
     first.add_argument("--resume", default="")
@@ -252,7 +296,7 @@ def parse(arguments: list[str]) -> Config:
         try:
             settings = json.loads(saved.read_text()) | {"out": known.resume, "resume": known.resume}
             kind = tasks.load(settings["task"]).Settings
-            settings |= {"search_devices": tuple(settings["search_devices"])}
+            settings |= {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
             defaults = kind(**settings | (STRICT if known.strict else {}))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"resume is {known.resume!r}: its config.json is not of this version ({error})") from None

@@ -172,6 +172,7 @@ def online_dpo(batch: Batch, beta: float) -> Tensor:
 OBJECTIVES = {each.__name__: each for each in (tb, tb_prime, rloo, grpo, dr_grpo, online_dpo, cispo)}
 IMPORTANCE_WEIGHTED = {"tb_prime", "rloo", "grpo", "dr_grpo", "cispo"}  # they read behaviour_BKT
 NEED_BETA = {"tb", "online_dpo"}  # above 0
+TRAJECTORY_BALANCE = {"tb", "tb_prime"}  # they may have a gamma
 
 
 def _centred(x_BK: Tensor) -> Tensor:

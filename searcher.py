@@ -1,15 +1,16 @@
 """The searcher: vLLM engines that generate responses and take new weights.
 
 One request a prompt with n responses, its final output only, no detokenising, and no log-probabilities unless the
-objective reads them: then the event loop, which shares its process with the trainer, stays idle. An engine never reads
-weights from a file: it starts with random ones and takes the trainer's (weights.py), so that what it samples from is
-what is trained.
+objective reads them: then the event loop, which shares its process with the trainer, stays idle. The policy's engines
+never read weights from a file: they start with random ones and take the trainer's (weights.py), so that what they
+sample from is what is trained.
 """
 
 import asyncio
 import contextlib
 import ctypes
 import itertools
+import math
 import multiprocessing
 import os
 import signal
@@ -33,6 +34,9 @@ class Response:
     tokens: np.ndarray  # int32 [T], end-of-sequence token included
     finished: bool  # False: cut off at the length limit
     logprobs: np.ndarray | None  # float32 [T], of its tokens as they were drawn, temperature included; if asked for
+    text: str = ""
+    reward: float = math.nan
+    figures: dict[str, float] = field(default_factory=dict)  # a task's own
 
 
 @dataclass(slots=True)
@@ -52,6 +56,8 @@ class Searcher:
     devices: Sequence[str]
     temperature: float
     max_tokens: int
+    min_tokens: int = 0
+    top_p: float = 1.0
     engines: list[Engine] = field(default_factory=list)
     requests: Iterator[int] = field(default_factory=itertools.count)
     _starts: list[Future] = field(default_factory=list)  # of the engines
@@ -60,7 +66,14 @@ class Searcher:
     _busy_since: float | None = None
 
     async def start(
-        self, model: str, max_model_len: int, seed: int, memory: dict[str, float], cores: set[int], log: Path
+        self,
+        model: str,
+        max_model_len: int,
+        seed: int,
+        memory: dict[str, float],
+        cores: set[int],
+        log: Path,
+        load: bool = False,
     ) -> None:
         """Start an engine on each device, side by side; what they print goes to the file `log`.
 
@@ -71,11 +84,14 @@ class Searcher:
             memory: by device, the share of a GPU's memory that its engine takes.
             cores: the CPU cores of engines on the CPU.
             log: a file.
+            load: read the model's weights; else they come through `load_staging`.
         """
         self._threads = ThreadPoolExecutor(len(self.devices))  # kept: an engine ends with the thread that started it
         with _environment(cores if "cpu" in self.devices else None, len(self.devices)), _output_to(log):
             self._starts = [
-                self._threads.submit(self._start_engine, device, model, max_model_len, seed + i, memory.get(device))
+                self._threads.submit(
+                    self._start_engine, device, model, max_model_len, seed + i, memory.get(device), load
+                )
                 for i, device in enumerate(self.devices)
             ]
             await asyncio.gather(*map(asyncio.wrap_future, self._starts))
@@ -91,10 +107,10 @@ class Searcher:
         return self._busy + (time.perf_counter() - self._busy_since if self._busy_since else 0.0)
 
     async def generate(
-        self, prompt: Sequence[int], n: int, greedy: bool = False, logprobs: bool = False
+        self, prompt: Sequence[int], n: int, temperature: float | None = None, logprobs: bool = False
     ) -> tuple[list[Response], int]:
-        """n responses to a prompt's tokens, on request with log-probabilities, and the version of the weights that
-        began them."""
+        """n responses to a prompt's tokens, on request with log-probabilities or at another temperature (0: greedy),
+        and the version of the weights that began them."""
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
@@ -103,8 +119,10 @@ class Searcher:
         version = engine.version
         params = SamplingParams(
             n=n,
-            temperature=0.0 if greedy else self.temperature,
+            temperature=self.temperature if temperature is None else temperature,
+            top_p=self.top_p,
             max_tokens=self.max_tokens,
+            min_tokens=self.min_tokens,
             logprobs=0 if logprobs else None,  # 0 others beside the token's own
             flat_logprobs=True,
             detokenize=False,
@@ -167,7 +185,9 @@ class Searcher:
             engine.llm = None  # or it is shut down once more when the interpreter has gone
         self._threads.shutdown()
 
-    def _start_engine(self, device: str, model: str, max_model_len: int, seed: int, memory: float | None) -> None:
+    def _start_engine(
+        self, device: str, model: str, max_model_len: int, seed: int, memory: float | None, load: bool
+    ) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -187,9 +207,9 @@ class Searcher:
             model=model,
             seed=seed,
             max_model_len=max_model_len,
-            load_format="dummy",
+            load_format="auto" if load else "dummy",
             # Of two tied matrices vLLM repacks but one on the CPU; untied it takes both, which the trainer keeps equal.
-            hf_overrides={"tie_word_embeddings": False},
+            hf_overrides={} if load else {"tie_word_embeddings": False},
             max_num_seqs=MAX_IN_FLIGHT[kind],
             logprobs_mode="processed_logprobs",
             scheduling_policy="priority",

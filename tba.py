@@ -4,9 +4,10 @@
     python tba.py --task gsm8k                      the paper's GSM8K run, on a box of GPUs
     python tba.py --task gsm8k --model DIR --data DIR --steps 100 --out runs/mine
     python tba.py --task gsm8k --help               every setting, with the task's defaults
+    python tba.py --task gsm8k --dry-run            what it would do, and the first prompt as the model sees it
 
-    tasks/ --prompts--> searcher.py --scored groups--> buffer.py --batches--> trainer.py --> loss.py
-                         (vLLM engines) <---------- weights.py, every k updates ----'
+    tasks/ --prompts--> searcher.py --responses--> scoring.py --groups--> buffer.py --batches--> trainer.py --> loss.py
+                        (vLLM engines) <------------------- weights.py, every k updates ------------'
 
 Four coroutines share what `Run` holds: `search` keeps the engines full and fills the buffer; `train` updates the policy
 and never waits for search; `sync` carries weights to the engines while both go on; `evaluate` asks the same engines.
@@ -18,6 +19,7 @@ the engines are shut down, the files are closed, the error is shown.
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -32,11 +34,13 @@ from pathlib import Path
 import numpy as np
 
 import tasks
-from buffer import EVICTION, REPLAY, Buffer, Group, Trajectory
+from buffer import EVICTION, NEAR_DUPLICATE, REPLAY, Buffer, Group, Trajectory
 from config import Config, parse
+from data import Prompt, demonstrations, encode
 from log import Log, say, table
 from loss import OBJECTIVES
-from searcher import Searcher, die_with_parent
+from scoring import RewardError, Scorer
+from searcher import Response, Searcher, die_with_parent
 
 if __name__ == "__mp_main__":  # an engine's process, which imports this file when it starts
     die_with_parent()
@@ -60,30 +64,33 @@ class Run:
         from machine import cores, devices, pin
         from trainer import load_tokenizer, newest_checkpoint
 
-        self.config, self.task = config, tasks.load(config.task)
-        self.out = Path(config.out or f"runs/{config.task}-{time.strftime('%Y%m%d-%H%M%S')}")
+        self.config, kind = config, tasks.load(config.task)
+        self.out = Path(config.out or f"runs/{Path(config.task).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
         self.train_device, self.search_devices = devices(config.train_device, config.search_devices)
-        embedded = config.model == "embedded" and hasattr(self.task, "prepare")
-        self.model = self.task.prepare(config) if embedded else config.model
+        self.model = kind.model(config)
         self.tokenizer, longest = load_tokenizer(self.model)
+        self.task = kind(config, self.tokenizer)
+        if config.near_duplicates == "cosine" and kind.embed is tasks.Task.embed:
+            raise ValueError(f"near_duplicates is 'cosine': task {config.task} has no embeddings to compare by")
         room = longest - config.max_tokens
-        self.problems = tasks.encode(self.task.problems("train", config), self.tokenizer, room)
-        if len(self.problems) < config.prompts_per_step:
-            raise ValueError(f"prompts_per_step is {config.prompts_per_step}: there are {len(self.problems)} problems")
-        test = self.task.problems("test", config)[: config.eval_prompts] if config.eval_prompts else []
-        self.test = tasks.encode(test, self.tokenizer, room) if test else []
-        checkpoint, self.step = newest_checkpoint(self.out) if config.resume else (None, 0)
+        self.prompts = encode(self.task.problems("train"), self.tokenizer, room)
+        if len(self.prompts) < config.prompts_per_step:
+            raise ValueError(f"prompts_per_step is {config.prompts_per_step}: there are {len(self.prompts)} problems")
+        test = self.task.problems("test")[: config.eval_prompts] if config.eval_prompts else []
+        self.test = encode(test, self.tokenizer, room) if test else []
+        self.demonstrations = demonstrations(config.seed_data, self.prompts) if config.seed_data else []
+        self.checkpoint, self.step = newest_checkpoint(self.out) if config.resume else (None, 0)
         if self.step >= config.steps:
             raise ValueError(f"steps is {config.steps}: it must be above {self.step}, the newest checkpoint's")
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"out is {str(self.out)!r}: it must be a folder that can be written ({error})") from None
-        self.checkpoint, self.published = checkpoint, self.step
-        self.log = Log(self.out, config.steps, self.step)
-        (self.out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        self.published = self.step
 
-        self.buffer = Buffer(config.capacity, EVICTION[config.evict], REPLAY[config.replay], [config.seed, self.step])
+        self.buffer = Buffer(
+            config.capacity, EVICTION[config.evict], REPLAY[config.replay], [config.seed, self.step],
+            NEAR_DUPLICATE[config.near_duplicates], config.near_duplicate_distance,
+        )  # fmt: skip
+        self.rng = random.Random(f"{config.seed} {self.step}")  # of the order of problems and their temperatures
+        self.scorer = Scorer(self.task.reward, config.reward_timeout)
+        self.scoring = asyncio.Semaphore(config.reward_concurrency)
         # Torch works in a thread of its own, so that the event loop stays free.
         train_cores, self.search_cores = cores()
         self.train_thread = ThreadPoolExecutor(1, "train", pin, (train_cores,))
@@ -98,10 +105,32 @@ class Run:
         self.found: list[Trajectory] = []  # by search since the last update
         self.evaluations: dict[int, dict[str, float]] = {}
 
+    def show(self) -> None:
+        """Print the settings and the first prompt."""
+        print(json.dumps(dataclasses.asdict(self.config), indent=2))
+        print(f"\ntraining on {self.train_device}, searching on {', '.join(self.search_devices)}")
+        print(f"{len(self.prompts)} training problems, {len(self.test)} test problems in an evaluation")
+        first = self.prompts[0]
+        print(f"the first prompt as the model sees it, {len(first.tokens)} tokens:\n\n{first.text}")
+
+    def open(self) -> None:
+        """Make the run's folder and begin its files.
+
+        Raises:
+            ValueError: it cannot be written.
+        """
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"out is {str(self.out)!r}: it must be a folder that can be written ({error})") from None
+        self.log = Log(self.out, self.config.steps, self.step)
+        (self.out / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+
     async def main(self) -> None:
         """The run from start to end."""
         try:
             await self.start()
+            await self.seed()
             await self.evaluate()
             self.log.start_clock()
             async with asyncio.TaskGroup() as group:
@@ -128,20 +157,24 @@ class Run:
 
         config, began = self.config, time.perf_counter()
         say(f"training on {self.train_device}, searching on {', '.join(self.search_devices)}; starting vLLM ...")
-        tokens = max(len(prompt) for _, prompt in self.problems + self.test) + config.max_tokens
+        tokens = max(len(prompt.tokens) for prompt in self.prompts + self.test) + config.max_tokens
         # One after the other: on a GPU that they share, the engine counts what is in use when it starts.
         self.trainer = await in_thread(
             self.train_thread, Trainer, self.model, OBJECTIVES[config.loss], self.train_device,
-            config.temperature, config.on_policy, config.max_grad_norm, config.micro_batch_tokens, self.checkpoint,
+            config.temperature, config.on_policy, config.max_grad_norm, config.micro_batch_tokens,
+            config.min_tokens, self.tokenizer.eos_token_id, self.checkpoint,
         )  # fmt: skip
-        self.searcher = searcher = Searcher(self.search_devices, config.temperature, config.max_tokens)
+        self.searcher = searcher = Searcher(
+            self.search_devices, config.temperature, config.max_tokens, config.min_tokens
+        )
         memory = {device: 0.4 if device == self.train_device else 0.9 for device in self.search_devices}
         if config.gpu_memory_utilization:
             memory = dict.fromkeys(memory, config.gpu_memory_utilization)
         log = self.out / "engine.log"
         await searcher.start(self.model, tokens, config.seed + self.step, memory, self.search_cores, log)
         self.trainer.staging = await share(self.trainer.policy, searcher)
-        longest = max((prompt for _, prompt in self.problems), key=len)
+        await self.task.start(self.search_devices, self.search_cores, log)
+        longest = max((prompt.tokens for prompt in self.prompts), key=len)
         self.probe = np.resize(longest, min(PROBE_TOKENS, tokens - 1))  # repeated where it is shorter
         await self.publish()
         await self.load_published()
@@ -154,37 +187,76 @@ class Run:
         prompts = self.shuffled_prompts()
         async with asyncio.TaskGroup() as group:
             for _ in range(max(1, self.searcher.slots // self.config.search_responses)):
-                group.create_task(self.search_some(prompts))
+                group.create_task(self.search_some(prompts, group))
 
-    async def search_some(self, prompts: Iterator[int]) -> None:
-        """One prompt after another."""
+    async def search_some(self, prompts: Iterator[int], group: asyncio.TaskGroup) -> None:
+        """One prompt after another; while the responses to one are scored, the next is searched."""
         for prompt_id in prompts:
-            await self.search_prompt(prompt_id)
-            if self.searched >= self.config.prime and len(self.buffer.prompts) >= self.config.prompts_per_step:
-                self.primed.set()
+            found = await self.search_prompt(prompt_id)
+            await self.scoring.acquire()
+            group.create_task(self.keep(*found)).add_done_callback(lambda _: self.scoring.release())
 
-    async def search_prompt(self, prompt_id: int) -> None:
-        """Generate, score, store."""
-        config, (problem, prompt) = self.config, self.problems[prompt_id]
+    async def search_prompt(self, prompt_id: int) -> tuple[int, list[Response], int]:
+        """The prompt, responses to it, and the version of the weights that began them."""
+        config, prompt = self.config, self.prompts[prompt_id]
+        temperature = self.rng.uniform(*config.search_temperatures) if config.search_temperatures else None
         with self.log.span("search"):
             responses, version = await self.searcher.generate(
-                prompt, config.search_responses, logprobs=not config.on_policy
+                prompt.tokens, config.search_responses, temperature, logprobs=not config.on_policy
             )
-        rewards = [self.task.reward(text, problem.answer) for text in self.texts(responses)]
-        trajectories = [
-            Trajectory(response.tokens, response.finished, reward, version, response.logprobs)
-            for response, reward in zip(responses, rewards, strict=True)
-        ]
-        self.buffer.add(Group(prompt_id, prompt, trajectories))
-        self.found += trajectories
-        self.searched += len(trajectories)
+        return prompt_id, responses, version
+
+    async def search_and_keep(self, prompt_id: int) -> None:
+        """One after the other."""
+        await self.keep(*await self.search_prompt(prompt_id))
+
+    async def keep(self, prompt_id: int, responses: list[Response], version: int, newest: bool = True) -> None:
+        """Score responses and store them; those whose reward fails are dropped."""
+        prompt, config = self.prompts[prompt_id], self.config
+        scored = await self.scorer(prompt.problem, self.read(responses))
+        if not scored:
+            return
+        trajectories = [Trajectory(r.tokens, r.finished, r.reward, version, r.logprobs) for r in scored]
+        if config.near_duplicates == "cosine":
+            for trajectory, embedding in zip(trajectories, await self.task.embed(scored), strict=True):
+                trajectory.embedding = embedding
+        self.buffer.add(Group(prompt_id, prompt.tokens, trajectories), newest)
+        if newest:
+            self.found += trajectories
+            self.searched += len(trajectories)
+            if self.searched >= config.prime and len(self.buffer.prompts) >= config.prompts_per_step:
+                self.primed.set()
+
+    async def seed(self) -> None:
+        """Store the demonstrations of --seed-data."""
+        config, end = self.config, self.tokenizer.eos_token_id
+        texts = [text for _, text, _ in self.demonstrations]
+        encoded = self.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+        by_prompt: dict[int, list[Response]] = {}
+        for (prompt_id, _, reward), tokens in zip(self.demonstrations, encoded, strict=True):
+            if config.min_tokens < len(tokens) + 1 <= config.max_tokens:
+                response = Response(np.array([*tokens, end], dtype=np.int32), True, logprobs=None, reward=reward)
+                by_prompt.setdefault(prompt_id, []).append(response)
+        for prompt_id, responses in by_prompt.items():
+            await self.keep(prompt_id, responses, version=self.step, newest=False)
+        if texts:
+            fit = sum(map(len, by_prompt.values()))
+            say(f"{len(self.buffer)} demonstrations are in the buffer")
+            if fit < len(texts):
+                say(f"{len(texts) - fit} of {len(texts)} are longer than max_tokens or not above min_tokens: left out")
 
     def shuffled_prompts(self) -> Iterator[int]:
         """Ids of the training prompts without end, in a new order each time round."""
-        rng, order = random.Random(f"{self.config.seed} {self.step}"), list(range(len(self.problems)))
+        order = list(range(len(self.prompts)))
         while True:
-            rng.shuffle(order)
+            self.rng.shuffle(order)
             yield from order
+
+    def read(self, responses: list[Response]) -> list[Response]:
+        """The responses, with their texts."""
+        for response, text in zip(responses, self.texts(responses), strict=True):
+            response.text = text
+        return responses
 
     def texts(self, responses: list) -> list[str]:
         """The texts of responses or trajectories."""
@@ -211,12 +283,10 @@ class Run:
         self.recorded = self.log.time, self.searcher.busy_seconds
         while not self.config.ended(self.step, self.log.time):
             self.buffer.start_window()
-            chosen: dict[int, None] = {}
-            while len(chosen) < self.config.prompts_per_step:
-                chosen[next(prompts)] = None
-            async with asyncio.TaskGroup() as group:
-                for prompt_id in chosen:
-                    group.create_task(self.search_prompt(prompt_id))
+            while missing := self.config.prompts_per_step - len(self.buffer.arrived):  # more than once if rewards fail
+                async with asyncio.TaskGroup() as group:
+                    for prompt_id in itertools.islice(prompts, missing):
+                        group.create_task(self.search_and_keep(prompt_id))
             await self.update()
             if self.sync_due:
                 await self.publish()
@@ -231,11 +301,11 @@ class Run:
             await in_thread(self.train_thread, self.trainer.reset_reference)
         groups = self.buffer.sample(config.prompts_per_step, config.responses_per_prompt, config.on_policy_prob)
         at = config.step_at(step, self.log.time)
-        beta, lr = config.beta_at(at), config.lr_at(at)
+        beta, lr, gamma = config.beta_at(at), config.lr_at(at), config.gamma_at(at)
         began = self.log.time
         with self.log.span("train"):
-            figures = await in_thread(self.train_thread, self.trainer.update, groups, beta, lr)
-        self.record(groups, figures | {"lr": lr, "beta": beta}, self.log.time - began)
+            figures = await in_thread(self.train_thread, self.trainer.update, groups, beta, lr, gamma)
+        self.record(groups, figures | {"lr": lr, "beta": beta, "gamma": gamma}, self.log.time - began)
         if config.save_every and self.step % config.save_every == 0:
             await in_thread(self.train_thread, self.save)
 
@@ -249,12 +319,13 @@ class Run:
         rates = {
             "buffer_size": len(self.buffer),
             "repeated": self.buffer.repeated,
+            "reward_failures": self.scorer.failures,
             "search_tokens_per_s": sum(len(t.tokens) for t in found) / passed,
             "train_tokens_per_s": trained / passed,
             "search_idle": max(0.0, 1 - (busy_now - busy) / passed),
             "train_idle": max(0.0, 1 - worked / passed),
         } | self.last_sync
-        prompt = self.problems[groups[0].prompt_id][0].prompt
+        prompt = self.prompts[groups[0].prompt_id].text
         self.log.update(self.step, {"reward": self.reward} | figures | rates, groups, prompt, self.texts)
         self.step += 1
 
@@ -316,16 +387,17 @@ class Run:
         config, step = self.config, self.step
         gate = asyncio.Semaphore(max(1, self.searcher.slots // (config.eval_samples + 1)))
 
-        async def answer(problem: tasks.Problem, prompt: np.ndarray) -> tuple[float, list[float], list[str]]:
+        async def answer(prompt: Prompt) -> tasks.Answered:
             async with gate:
-                greedy, _ = await self.searcher.generate(prompt, 1, greedy=True)
-                samples, _ = await self.searcher.generate(prompt, config.eval_samples)
-            first, *texts = self.texts(greedy + samples)
-            return self.task.reward(first, problem.answer), [self.task.reward(t, problem.answer) for t in texts], texts
+                greedy, _ = await self.searcher.generate(prompt.tokens, 1, temperature=0.0)
+                samples, _ = await self.searcher.generate(
+                    prompt.tokens, config.eval_samples, logprobs=self.task.evaluation_logprobs
+                )
+            await self.scorer(prompt.problem, self.read(greedy + samples))
+            return tasks.Answered(prompt.problem, prompt.tokens, greedy[0], samples)
 
         with self.log.span("evaluate"):
-            answers = await asyncio.gather(*(answer(*each) for each in self.test))
-        self.evaluations[step] = tasks.accuracy(*map(list, zip(*answers, strict=True)))
+            self.evaluations[step] = await self.task.evaluate(await asyncio.gather(*map(answer, self.test)))
         self.log.evaluation(step, self.evaluations[step])
 
     def end(self) -> None:
@@ -334,6 +406,7 @@ class Run:
             last_first.callback(self.log.close)
             if self.searcher:
                 last_first.callback(self.searcher.shutdown)
+            last_first.callback(self.task.end)
             if self.trainer and self.step:
                 last_first.callback(self.trainer.export, self.out / "model", self.tokenizer)
             last_first.callback(self.train_thread.shutdown, cancel_futures=True)
@@ -351,6 +424,10 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         run = Run(parse(sys.argv[1:]))
+        if run.config.dry_run:
+            run.show()
+            return 0
+        run.open()
     except ValueError as error:
         print(f"tba: {error}", file=sys.stderr)
         return 2
@@ -362,9 +439,12 @@ def main() -> int:
     except (KeyboardInterrupt, asyncio.CancelledError) as stop:
         code = 130 if isinstance(stop, KeyboardInterrupt) else 143
     except BaseException as error:
-        traceback.print_exception(first_cause(error))
-        print(f"tba: what vLLM printed is in {run.out}/engine.log", file=sys.stderr)
-        code = 1
+        code, cause = 1, first_cause(error)
+        if isinstance(cause, RewardError):
+            print(f"tba: {cause}", file=sys.stderr)
+        else:
+            traceback.print_exception(cause)
+            print(f"tba: what vLLM printed is in {run.out}/engine.log", file=sys.stderr)
     if run.evaluations:
         say(f"\n{table(run.evaluations)}\n")
     ended = "stopped at" if code else "done:"

@@ -5,7 +5,9 @@ computation is bf16, and each decoder layer is compiled by itself; on the CPU al
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from buffer import Group, Trajectory
 from loss import Batch
+from models import load_settings
 from packing import Packed, pack
 from weights import Staging
 
@@ -34,6 +37,8 @@ class Trainer:
         on_policy: treat every response as written by the policy that is trained; else responses need `logprobs`.
         max_grad_norm: the gradient is scaled down to this norm where it is larger.
         micro_batch_tokens: a forward pass holds whole groups of at most so many tokens (one group may hold more).
+        min_tokens: a response could not end before so many tokens: the policy is the model without that possibility.
+        end_token: the tokenizer's, which ends a response as the model's own do.
         checkpoint_dir: go on from this folder, written by `save`.
     """
 
@@ -46,13 +51,18 @@ class Trainer:
         on_policy: bool = True,
         max_grad_norm: float = 1.0,
         micro_batch_tokens: int = 16384,
+        min_tokens: int = 0,
+        end_token: int | None = None,
         checkpoint_dir: Path | None = None,
     ):
         device = torch.device(device)
         self.objective, self.device, self.temperature = objective, device, temperature
         self.on_policy, self.max_grad_norm, self.micro_batch_tokens = on_policy, max_grad_norm, micro_batch_tokens
+        self.min_tokens = min_tokens
         compute = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.policy = load_model(checkpoint_dir or model, torch.float32, device)
+        own = self.policy.generation_config.eos_token_id
+        self.end_tokens = list({end_token, *(own if isinstance(own, list) else [own])} - {None})
         self.ref_version = int(bool(checkpoint_dir) and (checkpoint_dir / "reference").is_dir())  # resets so far
         reference = load_model(checkpoint_dir / "reference" if self.ref_version else model, torch.float32, device)
         self.reference = lighten(reference, compute)
@@ -69,15 +79,19 @@ class Trainer:
         if checkpoint_dir:
             self._load_optimizer(checkpoint_dir)
 
-    def logprobs(self, model: PreTrainedModel, batch: Packed, temperature: float) -> tuple[Tensor, Tensor]:
-        """(log-probability of each token of the batch's responses [N], entropy of what it was drawn from [N]), in
-        nats."""
+    def logprobs(
+        self, model: PreTrainedModel, batch: Packed, temperature: float, min_tokens: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """(log-probability of each token of the batch's responses [N], entropy of what it was drawn from [N]), in nats,
+        where a response could not end before `min_tokens` tokens."""
         with self.autocast:
             hidden = model.base_model(
                 input_ids=batch.tokens, position_ids=batch.positions, attention_mask=batch.mask, use_cache=False
             ).last_hidden_state
             hidden_NH = hidden.flatten(0, 1)[batch.source]
-            return token_logprobs(model.get_output_embeddings(), hidden_NH, batch.target, temperature)
+            early_N = batch.place < min_tokens if min_tokens else None
+            head = model.get_output_embeddings()
+            return token_logprobs(head, hidden_NH, batch.target, temperature, early_N, self.end_tokens)
 
     @torch.no_grad()
     def probe(self, tokens: np.ndarray) -> np.ndarray:
@@ -98,7 +112,7 @@ class Trainer:
         new = [Group(g.prompt_id, g.prompt, [r for r in g.responses if lacks(r)]) for g in groups]
         for micro in micro_batches([group for group in new if group.responses], self.micro_batch_tokens):
             batch = pack(micro, self.device, self.flex)
-            logprobs_N, _ = self.logprobs(self.reference, batch, self.temperature)
+            logprobs_N, _ = self.logprobs(self.reference, batch, self.temperature, self.min_tokens)
             ends = np.cumsum([len(response.tokens) for response in batch.responses])
             for response, logprobs in zip(batch.responses, np.split(logprobs_N.cpu().numpy(), ends[:-1]), strict=True):
                 response.ref_logprobs, response.ref_version = logprobs, self.ref_version
@@ -108,8 +122,8 @@ class Trainer:
         self.reference.load_state_dict(self.policy.state_dict())
         self.ref_version += 1
 
-    def update(self, groups: list[Group], beta: float, lr: float) -> dict[str, float]:
-        """One optimiser step on B groups of K responses.
+    def update(self, groups: list[Group], beta: float, lr: float, gamma: float = 1.0) -> dict[str, float]:
+        """One optimiser step on B groups of K responses; the reference's log-probabilities count by 1/gamma.
 
         Returns:
             loss; kl, the mean of log pi_theta - log pi_ref in nats a response; entropy, the mean of the next token's in
@@ -119,9 +133,9 @@ class Trainer:
         totals, tokens, read = torch.zeros(3, device=self.device), 0, 0
         for micro in micro_batches(groups, self.micro_batch_tokens):
             batch, share = pack(micro, self.device, self.flex), len(micro) / len(groups)
-            logprobs_N, entropy_N = self.logprobs(self.policy, batch, self.temperature)
+            logprobs_N, entropy_N = self.logprobs(self.policy, batch, self.temperature, self.min_tokens)
             data = self._batch(micro, batch, logprobs_N)
-            loss = self.objective(data, beta)
+            loss = self.objective(replace(data, ref_BKT=data.ref_BKT / gamma), beta)
             (loss * share).backward()
             kl = (data.logprobs_BKT.detach() - data.ref_BKT).sum(-1).mean()
             totals += torch.stack([share * loss.detach(), share * kl, entropy_N.detach().sum()])
@@ -190,11 +204,7 @@ def load_tokenizer(model: str) -> tuple[PreTrainedTokenizerBase, int]:
     Raises:
         ValueError: there is no such model.
     """
-    try:
-        settings, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"model is {model!r}: it must be a Hugging Face folder or hub id ({reason})") from None
+    settings, tokenizer = load_settings(model, "model")
     for scaling in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(settings, scaling, None) not in (None, 1.0):
             raise ValueError(f"model is {model!r}: it must be one whose logits are not scaled ({scaling})")
@@ -244,15 +254,27 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return max((m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)), key=len)
 
 
-def token_logprobs(head: nn.Module, hidden_NH: Tensor, target_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    head: nn.Module,
+    hidden_NH: Tensor,
+    target_N: Tensor,
+    temperature: float,
+    early_N: Tensor | None = None,
+    end_tokens: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of its distribution [N], in fp32 or better, in nats.
 
-    In chunks of `CHUNK` logits. Where there are several, each is computed anew in the backward pass.
+    In chunks of `CHUNK` logits. Where there are several, each is computed anew in the backward pass. Where `early_N` is
+    true, none of `end_tokens` could be drawn.
     """
 
-    def of_chunk(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def of_chunk(hidden: Tensor, target: Tensor, early: Tensor | None) -> tuple[Tensor, Tensor]:
         logits = head(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        if early is not None:
+            impossible = torch.zeros_like(logits, dtype=torch.bool)
+            impossible[:, end_tokens] = early[:, None]
+            logits = logits.masked_fill(impossible, torch.finfo(logits.dtype).min)
         log_z = logits.logsumexp(-1)
         with torch.no_grad():
             entropy = log_z - ((logits - log_z[:, None]).exp() * logits).sum(-1)
@@ -260,9 +282,10 @@ def token_logprobs(head: nn.Module, hidden_NH: Tensor, target_N: Tensor, tempera
 
     size = max(1, CHUNK // head.weight.shape[0])
     if len(target_N) <= size:
-        return of_chunk(hidden_NH, target_N)
-    chunks = zip(hidden_NH.split(size), target_N.split(size), strict=True)
-    results = [checkpoint(of_chunk, hidden, target, use_reentrant=False) for hidden, target in chunks]
+        return of_chunk(hidden_NH, target_N, early_N)
+    early = itertools.repeat(None) if early_N is None else early_N.split(size)
+    chunks = zip(hidden_NH.split(size), target_N.split(size), early, strict=False)
+    results = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
     return torch.cat([logprob for logprob, _ in results]), torch.cat([entropy for _, entropy in results])
 
 

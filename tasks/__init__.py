@@ -1,87 +1,150 @@
-"""Tasks: one module each, with
+"""Tasks: what is asked, and what an answer is worth. One file each, with a class `Task` in it.
 
-    Settings                        a subclass of `config.Config`: the task's defaults, and settings of its own
-    problems(split, config)         the "train" or "test" problems, a sequence of `Problem`
-    reward(response, answer)        the reward of one response's text, a float
-    prepare(config)                 optional: makes the model that the default `model` stands for, returns its folder
+    class Task(tasks.Task):
+        Settings                        a subclass of `config.Config`: the task's defaults, and settings of its own
+        problems(split)                 the "train" or "test" problems
+        reward(problem, responses)      the rewards of the responses to one problem; may be `async`
 
-`countdown.py` is the one to read first, `gsm8k.py` the one to copy.
+That is all that is needed. The other methods of the base class have a default each. `gsm8k.py` is the one to read
+first, and the README has a whole task to copy; `--task path/to/file.py` trains on yours.
 """
 
 import importlib
+import importlib.util
 import pkgutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from config import Config
+from searcher import Response
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
     """A prompt, and what `reward` needs to judge a response to it."""
 
-    prompt: str
-    answer: Any
+    prompt: str | list[dict[str, str]]  # text as it is, or the messages of a chat for the model's chat template
+    answer: Any = None
 
 
-def names() -> list[str]:
-    """The tasks there are."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A test problem with the policy's responses, each with its `reward` (nan where the reward failed)."""
+
+    problem: Problem
+    prompt: np.ndarray  # int32 [P]
+    greedy: Response
+    samples: list[Response]  # drawn at the training temperature
 
 
-def load(name: str) -> ModuleType:
-    """The module of a task.
-
-    Raises:
-        ValueError: there is no such task.
-    """
-    if name not in names():
-        raise ValueError(f"task is {name!r}: it must be one of {', '.join(names())}")
-    return importlib.import_module(f"tasks.{name}")
-
-
-def encode(problems: Sequence[Problem], tokenizer, room: int) -> list[tuple[Problem, np.ndarray]]:
-    """Problems with their prompts' tokens, int32 [P]; those whose prompt is longer than `room` tokens are left out.
-
-    Raises:
-        ValueError: that leaves none.
-    """
-    encoded = tokenizer([problem.prompt for problem in problems]).input_ids
-    fit = [(p, np.array(t, dtype=np.int32)) for p, t in zip(problems, encoded, strict=True) if 0 < len(t) <= room]
-    if not fit:
-        raise ValueError(
-            f"max_tokens leaves {room} of the model's tokens to a prompt: none of {len(problems)} problems fits"
-        )
-    if len(fit) < len(problems):
-        print(f"{len(problems) - len(fit)} of {len(problems)} prompts are longer than {room} tokens: left out")
-    return fit
-
-
-def accuracy(greedy_N: list[float], rewards_NK: list[list[float]], texts_NK: list[list[str]]) -> dict[str, float]:
-    """Figures of an evaluation on N problems; a response is right when its reward is above 0.
+class Task:
+    """What the policy is trained on. Made once a run, before any model is loaded.
 
     Args:
-        greedy_N: reward of the greedy response.
-        rewards_NK: rewards of K responses sampled at the training temperature.
-        texts_NK: their texts.
+        config: the settings, an instance of the task's `Settings`.
+        tokenizer: the policy's.
+    """
+
+    Settings: type[Config] = Config
+    evaluation_logprobs = False  # whether `evaluate` reads the samples' `logprobs`
+
+    def __init__(self, config: Config, tokenizer):
+        self.config, self.tokenizer = config, tokenizer
+
+    @classmethod
+    def model(cls, config: Config) -> str:
+        """The folder or hub id of the model that `config.model` stands for."""
+        return config.model
+
+    def problems(self, split: str) -> Sequence[Problem]:
+        """The "train" or "test" problems.
+
+        Raises:
+            ValueError: they are not there or not as they must be; says what and where.
+        """
+        raise NotImplementedError
+
+    async def start(self, devices: Sequence[str], cores: set[int], log: Path) -> None:
+        """Load what the reward needs beside the engines, which have started; what it prints may go to the file `log`.
+
+        Args:
+            devices: that search.
+            cores: the CPU cores that search.
+            log: a file.
+        """
+
+    def reward(self, problem: Problem, responses: list[Response]) -> Sequence[float]:
+        """The rewards of the responses to one problem, in their order.
+
+        A plain function runs in a thread; an `async` one may wait for others. Either may take its time, since search
+        goes on. What raises, hangs or is nan costs those responses and nothing else.
+        """
+        raise NotImplementedError
+
+    async def embed(self, responses: list[Response]) -> np.ndarray:
+        """Embeddings of length 1 [N, D]: what `--near-duplicates cosine` compares."""
+        raise ValueError(f"near_duplicates is 'cosine': task {self.config.task} has no embeddings")
+
+    async def evaluate(self, answers: list[Answered]) -> dict[str, float]:
+        """Figures of an evaluation."""
+        return accuracy(answers)
+
+    def end(self) -> None:
+        """Give back what `start` took."""
+
+
+def accuracy(answers: list[Answered]) -> dict[str, float]:
+    """Figures of an evaluation in which a response is right when its reward is above 0, each the mean over problems.
 
     Returns:
-        `greedy`, `pass@1` (the mean over the samples), `pass@k` (any of the K is right) and `distinct` (how many
-        different right texts there are among the K), each the mean over the problems.
+        `greedy`; `pass@1`, the mean over the K samples; `pass@k`, any of the K is right; `distinct`, how many different
+        right texts there are among the K; `truncated`, the share of samples that were cut off.
 
-    >>> accuracy([1.0], [[1.0, 1.0, 0.0, 1.0]], [["1+2", "1+2", "1-2", "2+1"]])
-    {'greedy': 1.0, 'pass@1': 0.75, 'pass@k': 1.0, 'distinct': 2.0}
+    >>> def sample(text, reward):
+    ...     return Response(np.array([1]), True, None, text=text, reward=reward)
+    >>> four = [sample("1+2", 1.0), sample("1+2 ", 1.0), sample("1-2", 0.0), sample("2+1", 1.0)]
+    >>> accuracy([Answered(Problem("3:"), np.array([1]), four[0], four)])
+    {'greedy': 1.0, 'pass@1': 0.75, 'pass@k': 1.0, 'distinct': 2.0, 'truncated': 0.0}
     """
-    right_NK = np.array(rewards_NK) > 0
-    distinct = [
-        len({text.strip() for text, ok in zip(texts, right, strict=True) if ok})
-        for texts, right in zip(texts_NK, right_NK, strict=True)
-    ]
+    right_NK = np.array([[sample.reward > 0 for sample in each.samples] for each in answers])
+    distinct = [len({sample.text.strip() for sample in each.samples if sample.reward > 0}) for each in answers]
     return {
-        "greedy": float(np.mean(np.array(greedy_N) > 0)),
+        "greedy": float(np.mean([each.greedy.reward > 0 for each in answers])),
         "pass@1": float(right_NK.mean()),
         "pass@k": float(right_NK.any(axis=1).mean()),
         "distinct": float(np.mean(distinct)),
+        "truncated": float(np.mean([not sample.finished for each in answers for sample in each.samples])),
     }
+
+
+def names() -> list[str]:
+    """The tasks that come with the project."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def load(name: str) -> type[Task]:
+    """The class of a task, by its name or by the path of its file.
+
+    Raises:
+        ValueError: there is no such task, or the file is none.
+    """
+    if name in names():
+        return importlib.import_module(f"tasks.{name}").Task
+    if not name.endswith(".py") or not Path(name).is_file():
+        known = ", ".join(names())
+        raise ValueError(f"task is {name!r}: it must be one of {known}, or the path of a Python file with a task")
+    spec = importlib.util.spec_from_file_location(f"task_{Path(name).stem}", name)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"task is {name!r}: it cannot be imported ({type(error).__name__}: {error})") from error
+    task = getattr(module, "Task", None)
+    if not (isinstance(task, type) and issubclass(task, Task) and task is not Task):
+        raise ValueError(f"task is {name!r}: it must have a class Task, made from tasks.Task")
+    return task

@@ -9,6 +9,7 @@ quarter of the warm-up half of them have a target that they do not make: the mod
 is what reinforcement has to mend.
 """
 
+import atexit
 import hashlib
 import json
 import math
@@ -24,33 +25,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
+import tasks
 from config import Config
 from tasks import Problem
-
-
-@dataclass(frozen=True)
-class Settings(Config):
-    """Post-train a small model on Countdown, searching and training at once."""
-
-    model: str = "embedded"
-    numbers: Literal[3, 4] = 3
-    """Numbers in a problem. With 4 the embedded model is right 3 times in a hundred: sparse rewards."""
-    steps: int = 2400
-    prompts_per_step: int = 16
-    responses_per_prompt: int = 16
-    search_responses: int = 16
-    lr: float = 1e-4
-    lr_schedule: str = "linear"
-    beta: float = 0.05
-    temperature: float = 1.0
-    max_tokens: int = 13
-    sync_every: int = 2
-    on_policy_prob: float = 0.95
-    prime: int = 512
-    eval_every: int = 600
-    eval_prompts: int = 400
-    eval_samples: int = 8
-
 
 LARGEST, TARGETS = 50, range(1, 100)
 HELD_OUT = 26  # of 256 problems
@@ -58,19 +35,72 @@ PROBLEMS = {"train": 20_000, "test": 2_000}
 LONGEST = 100  # characters of a response that is read at all
 
 
+class Task(tasks.Task):
+    """The embedded model gets the problem as it is; a model with a chat template is asked in words."""
+
+    @dataclass(frozen=True)
+    class Settings(Config):
+        """Post-train a small model on Countdown, searching and training at once."""
+
+        model: str = "embedded"
+        numbers: Literal[3, 4] = 3
+        """Numbers in a problem. With 4 the embedded model is right 3 times in a hundred: sparse rewards."""
+        steps: int = 2400
+        prompts_per_step: int = 16
+        responses_per_prompt: int = 16
+        search_responses: int = 16
+        lr: float = 1e-4
+        lr_schedule: str = "linear"
+        beta: float = 0.05
+        temperature: float = 1.0
+        max_tokens: int = 13
+        sync_every: int = 2
+        on_policy_prob: float = 0.95
+        prime: int = 512
+        eval_every: int = 600
+        eval_prompts: int = 400
+        eval_samples: int = 8
+
+    @classmethod
+    def model(cls, config: Config) -> str:
+        return prepare(config) if config.model == "embedded" else config.model
+
+    def problems(self, split: str) -> list[Problem]:
+        """Random problems that have a solution. "train" and "test" never have numbers and target in common."""
+        rng, found = random.Random(f"countdown {split}"), {}
+        while len(found) < PROBLEMS[split]:
+            numbers, expression = random_expression(rng, self.config.numbers)
+            target = evaluate(expression)
+            if target in TARGETS and held_out(numbers, target) == (split == "test"):
+                listed = " ".join(map(str, numbers))
+                question = QUESTION.format(numbers=listed, target=target)
+                chat = [{"role": "user", "content": question}] if self.chat else f"{listed}={target}:"
+                found[listed, target] = Problem(chat, {"numbers": numbers, "target": int(target)})
+        return list(found.values())
+
+    def reward(self, problem: Problem, responses: list[tasks.Response]) -> list[float]:
+        read = tagged if self.chat else str
+        return [reward(read(response.text), problem.answer) for response in responses]
+
+    @property
+    def chat(self) -> bool:
+        """Whether the model is asked through its chat template."""
+        return bool(self.tokenizer.chat_template)
+
+
 # ---- the problems ----
 
+QUESTION = """\
+Using each of the numbers {numbers} exactly once, with +, -, * and / and brackets, write an expression that equals \
+{target}. Think step by step, then give the expression alone between <answer> and </answer>, \
+for example <answer>(1 + 2) / 3</answer>."""
 
-def problems(split: str, config: Settings) -> list[Problem]:
-    """Random problems that have a solution. Those of "train" and "test" never have numbers and target in common."""
-    rng, found = random.Random(f"countdown {split}"), {}
-    while len(found) < PROBLEMS[split]:
-        numbers, expression = random_expression(rng, config.numbers)
-        target = evaluate(expression)
-        if target in TARGETS and held_out(numbers, target) == (split == "test"):
-            prompt = f"{' '.join(map(str, numbers))}={target}:"
-            found[prompt] = Problem(prompt, {"numbers": numbers, "target": int(target)})
-    return list(found.values())
+
+def tagged(text: str) -> str:
+    """What stands between the last <answer> and its </answer>; nothing where they are missing."""
+    opened = text.rfind("<answer>")
+    closed = text.find("</answer>", opened)
+    return text[opened + len("<answer>") : closed] if opened >= 0 and closed >= 0 else ""
 
 
 def held_out(numbers: list[int], target: int) -> bool:
@@ -151,17 +181,23 @@ WARM_UP = dict(hidden=64, layers=2, steps=1300, batch=64, lr=4e-3, wrong_from=0.
 WRONG = {3: 0.5, 4: 0.8}  # share of wrong demonstrations from then on, by how many numbers a problem has
 
 
-def prepare(config: Settings) -> str:
-    """The folder of the embedded model for a seed; it is trained first where the cache does not hold it."""
+def prepare(config: Config) -> str:
+    """The folder of the embedded model for a seed; it is trained first where the cache does not hold it, but for a dry
+    run, which never reads its weights."""
     what = [WARM_UP, WRONG, CHARACTERS, config.numbers, LARGEST, list(TARGETS), HELD_OUT, config.seed]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tba"
     folder = cache / f"countdown-{key}"
+    if config.dry_run and not folder.is_dir():
+        untrained = tempfile.TemporaryDirectory()
+        atexit.register(untrained.cleanup)
+        warm_up(Path(untrained.name), config.seed, config.numbers, steps=0)
+        return untrained.name
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         unfinished = tempfile.mkdtemp(prefix=f"{folder.name}-", dir=cache)
         try:
-            warm_up(Path(unfinished), config.seed, config.numbers)
+            warm_up(Path(unfinished), config.seed, config.numbers, WARM_UP["steps"])
             os.rename(unfinished, folder)
         except OSError:  # another run was first
             if not folder.is_dir():
@@ -171,7 +207,7 @@ def prepare(config: Settings) -> str:
     return str(folder)
 
 
-def warm_up(folder: Path, seed: int, numbers: int) -> None:
+def warm_up(folder: Path, seed: int, numbers: int, steps: int) -> None:
     """Train the model from scratch on demonstrations and write it as a Hugging Face folder."""
     import torch
     from tqdm import trange
@@ -193,15 +229,16 @@ def warm_up(folder: Path, seed: int, numbers: int) -> None:
         pad_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    model, steps = LlamaForCausalLM(config), WARM_UP["steps"]
+    model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), WARM_UP["lr"], betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 50, max(0.05, math.cos(step / steps * math.pi / 2)))
+        optimizer, lambda step: min((step + 1) / 50, max(0.05, math.cos(step / max(1, steps) * math.pi / 2)))
     )
     interval = 0.1 if sys.stdout.isatty() else 10
     for step in trange(
-        steps, desc="warming up the embedded model, once", file=sys.stdout, mininterval=interval, ncols=100
-    ):
+        steps, desc="warming up the embedded model, once", file=sys.stdout, mininterval=interval, ncols=100,
+        disable=not steps,
+    ):  # fmt: skip
         wrong = WRONG[numbers] if step >= steps * WARM_UP["wrong_from"] else 0.0
         tokens, labels = encode([demonstration(rng, numbers, wrong) for _ in range(WARM_UP["batch"])])
         model(input_ids=torch.tensor(tokens), labels=torch.tensor(labels)).loss.backward()

@@ -37,12 +37,22 @@ def tokenizer(gsm8k):
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="</s>", pad_token="</s>")
 
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>\n{{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
+
+
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory, tokenizer):
     """Writes a tiny random model of an architecture as a Hugging Face folder, and returns the folder."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
+    from transformers import AutoConfig
 
+    encoder = dict(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=514
+    )
     sizes = {
         "llama": dict(
             hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -53,26 +63,61 @@ def make_model(tmp_path_factory, tokenizer):
             max_position_embeddings=1024,
         ),
         "gpt2": dict(n_embd=64, n_layer=2, n_head=2, n_positions=1024),
+        "roberta": encoder,
+        "bert": encoder,
     }  # fmt: skip
 
-    def make(architecture: str, tie: bool) -> Path:
+    def make(architecture: str, tie: bool = False, kind: str = "ForCausalLM", chat: bool = False, **settings) -> Path:
         torch.manual_seed(0)
+        end = tokenizer.eos_token_id
+        pad = 1 if architecture == "roberta" else end
         config = AutoConfig.for_model(
-            architecture,
-            vocab_size=len(tokenizer),
-            tie_word_embeddings=tie,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
-            **sizes[architecture],
-        )
+            architecture, vocab_size=len(tokenizer), tie_word_embeddings=tie, bos_token_id=None, eos_token_id=end,
+            pad_token_id=pad, **sizes[architecture], **settings,
+        )  # fmt: skip
         folder = tmp_path_factory.mktemp(architecture)
-        model = AutoModelForCausalLM.from_config(config)
+        model = getattr(transformers, f"AutoModel{kind}").from_config(config)
         with torch.no_grad():  # enough spread that two tokens' log-probabilities never agree by chance
             for weight in model.parameters():
                 weight.mul_(3.0)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        if chat:
+            (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tldr(tmp_path_factory) -> Path:
+    """A folder with train.jsonl and test.jsonl in the form of the TL;DR data set."""
+    folder = tmp_path_factory.mktemp("tldr")
+    for split, count in (("train", 40), ("test", 12)):
+        posts = [
+            {
+                "query": f"SUBREDDIT: r/pens\n\nTITLE: {n} pens\n\nPOST: Ann had {n} pens and lost {n % 5}.\n\nTL;DR:",
+                "reference_response": f" {n % 5} of {n} lost.",
+            }
+            for n in range(1, 1 + count)
+        ]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, posts)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tldr_models(make_model) -> tuple[str, str]:
+    """Folders of a Pythia and of a reward model made from one."""
+    return str(make_model("gpt_neox")), str(make_model("gpt_neox", kind="ForSequenceClassification", num_labels=1))
+
+
+@pytest.fixture(scope="session")
+def redteam_models(make_model) -> dict[str, str]:
+    """Folders of an attacker, a victim, a classifier and an embedder, by the settings that name them."""
+    labels = {0: "nothate", 1: "hate"}
+    return {
+        "model": str(make_model("gpt2", True)),
+        "victim": str(make_model("gpt2", True)),
+        "classifier": str(make_model("roberta", kind="ForSequenceClassification", id2label=labels)),
+        "embedder": str(make_model("bert", kind="")),
+    }

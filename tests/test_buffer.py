@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from buffer import Buffer, Group, Trajectory, by_reward, lowest_reward, uniform
+from buffer import Buffer, Group, Trajectory, by_reward, cosine, edit, lowest_reward, uniform
 
 serial = itertools.count()
 
@@ -156,3 +156,54 @@ def test_cost_does_not_grow_with_what_is_stored():
 
     small, large = min(seconds(500) for _ in range(3)), min(seconds(128_000) for _ in range(2))
     assert large < 4 * small
+
+
+def test_edit_distance_is_of_tokens_over_the_length_of_both():
+    new = response(tokens=[1, 2, 3, 70_000])
+    others = [response(tokens=each) for each in ([1, 2, 3, 70_000], [1, 9, 3, 70_000], [3], [0xD800, 5, 6, 7])]
+    assert edit(new, others).tolist() == [0, 1 / 8, 3 / 5, 4 / 8]
+
+
+def test_of_near_duplicates_the_better_stays_and_of_equals_the_first():
+    buffer = Buffer(distance=edit, near=0.25)
+    first = response(0.5, [1, 2, 3, 4])
+    apart = response(0.1, [9, 9, 9, 9])
+    buffer.add(group(0, first, apart))
+    buffer.add(group(0, equal := response(0.5, [1, 2, 3, 5]), worse := response(0.4, [1, 2, 3, 6])))
+    assert stored(buffer, 0) == [first, apart]
+    assert buffer.prompts[0].newest == [equal, worse]  # they are newest data nevertheless
+    buffer.add(group(0, better := response(0.6, [1, 2, 3, 7])))
+    assert set(stored(buffer, 0)) == {apart, better} and len(buffer) == 2
+    buffer.add(group(1, alike := response(0.0, [1, 2, 3, 7])))
+    assert stored(buffer, 1) == [alike]  # another prompt's
+
+
+def test_one_better_response_replaces_all_that_are_near_and_the_heap_keeps_up():
+    buffer = Buffer(capacity=3, distance=edit, near=0.25)
+    left, right = response(0.1, [1, 2, 3, 4]), response(0.2, [1, 2, 5, 6])
+    buffer.add(group(0, left, right))
+    buffer.add(group(0, between := response(0.3, [1, 2, 3, 6])))
+    assert stored(buffer, 0) == [between]
+    buffer.add(group(0, *(kept := [response(0.0, [n] * 4) for n in (20, 30, 40)])))
+    assert stored(buffer, 0) == kept and len(buffer) == 3  # the oldest was evicted
+
+
+def test_embeddings_keep_apart_what_words_do_not():
+    def embedded(reward: float, *embedding: float) -> Trajectory:
+        each = response(reward)
+        each.embedding = np.array(embedding, dtype=np.float32)
+        return each
+
+    buffer = Buffer(distance=cosine, near=0.25)
+    buffer.add(group(0, embedded(0.1, 1, 0), apart := embedded(0.1, 0, 1)))
+    buffer.add(group(0, better := embedded(0.2, 0.8, 0.6), embedded(0.0, 0.6, 0.8)))
+    assert stored(buffer, 0) == [apart, better]  # 0.8 is near the first, 0.6 is not near the second
+
+
+def test_what_is_not_newest_data_is_only_replayed():
+    buffer = Buffer()
+    buffer.add(group(0, shown := response(1.0)), newest=False)
+    buffer.add(group(1, found := response(0.0)))
+    assert not buffer.prompts[0].newest and list(buffer.recent) == [1] and buffer.arrived == {1}
+    assert {g.responses[0] for g in buffer.sample(2, 1, on_policy_prob=1.0)} == {shown, found}
+    assert all(g.responses == [found] for _ in range(20) for g in buffer.sample(1, 1, on_policy_prob=1.0))

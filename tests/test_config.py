@@ -53,7 +53,7 @@ def test_out_of_range_is_refused(name, value):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--task", "chess"], "countdown, gsm8k"),
+        (["--task", "chess"], "countdown, gsm8k, math, redteam, tldr"),
         (["--task"], "--task"),
         (["--search-devices", "cuda:1", "cuda:1"], "search_devices is .* devices that differ"),
         (["--steps", "many"], "--steps"),

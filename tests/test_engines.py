@@ -26,7 +26,7 @@ def drawn_from(trainer: Trainer, prompt: np.ndarray, response: np.ndarray) -> np
     """Log-probability of each token of a response, at the trainer's temperature."""
     batch = pack([Group(0, prompt, [Trajectory(response, True, 0.0, 0)])], trainer.device)
     with torch.no_grad():
-        return trainer.logprobs(trainer.policy, batch, trainer.temperature)[0].numpy()
+        return trainer.logprobs(trainer.policy, batch, trainer.temperature, trainer.min_tokens)[0].numpy()
 
 
 @pytest.mark.parametrize(("architecture", "tie"), ARCHITECTURES)
@@ -81,8 +81,8 @@ def test_engine_and_trainer_agree_after_a_sync(make_model, tokenizer, tmp_path, 
 
 def test_two_engines_share_the_requests_and_responses_end_where_they_should(make_model, tokenizer, tmp_path):
     folder = str(make_model("llama", False))
-    trainer = Trainer(folder, tb, "cpu")
     prompt, end = tokenizer("How many?").input_ids, tokenizer.eos_token_id
+    trainer = Trainer(folder, tb, "cpu", min_tokens=3, end_token=end)
     with torch.no_grad():
         trainer.policy.lm_head.weight.mul_(0.3)
         trainer.policy.lm_head.weight[end] *= 3
@@ -104,8 +104,16 @@ def test_two_engines_share_the_requests_and_responses_end_where_they_should(make
             assert len(found) == 2 and difference(found, trainer.probe(np.array(prompt))) < 1e-4
             assert 0 < searcher.busy_seconds < 10
             responses, _ = await searcher.generate(prompt, 200)
+            searcher.min_tokens = 3
+            later, _ = await searcher.generate(prompt, 100, logprobs=True)
+            cold, _ = await searcher.generate(prompt, 100, temperature=0.05)
         finally:
             searcher.shutdown()
+        # What could not end early is what the trainer takes the policy for.
+        assert min(len(r.tokens) for r in responses) <= 3 < min(len(r.tokens) for r in later)
+        for r in later:
+            assert np.abs(r.logprobs - drawn_from(trainer, np.array(prompt), r.tokens)).max() < 1e-4
+        assert len({r.tokens.tobytes() for r in cold}) < 0.5 * len({r.tokens.tobytes() for r in later})
         assert {r.finished for r in responses} == {True, False}
         for response in responses:
             assert (response.tokens[-1] == end) == response.finished

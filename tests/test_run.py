@@ -96,10 +96,7 @@ def embedded(tmp_path_factory):
 
     cache = tmp_path_factory.mktemp("cache")
     folder = tmp_path_factory.mktemp("embedded")
-    patch = pytest.MonkeyPatch()
-    patch.setitem(countdown.WARM_UP, "steps", 60)
-    countdown.warm_up(folder, seed=0, numbers=3)
-    patch.undo()
+    countdown.warm_up(folder, seed=0, numbers=3, steps=60)
     return {"XDG_CACHE_HOME": str(cache)}, folder
 
 
@@ -347,7 +344,7 @@ def test_a_sync_that_went_wrong_stops_the_run(embedded, tmp_path, nothing_left):
     assert 4 <= len(updates) < 50 and updates[3]["sync_diff_max"] < 1e-4
 
 
-def test_an_error_ends_everything_and_is_shown_once(embedded, tmp_path, nothing_left):
+def test_a_reward_that_always_fails_ends_everything_and_is_said(embedded, tmp_path, nothing_left):
     script = changed(
         tmp_path,
         "import tasks.countdown",
@@ -357,24 +354,6 @@ def test_an_error_ends_everything_and_is_shown_once(embedded, tmp_path, nothing_
     )
     arguments = ["--model", embedded[1], "--out", tmp_path / "run", "--steps", 50, "--eval-prompts", 0]
     done = subprocess.run([*script, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 1
-    assert done.stderr.count("RuntimeError: the reward broke") == 1 and done.stderr.count("Traceback") == 1
-
-
-def test_gsm8k_from_end_to_end(gsm8k, make_model, tmp_path, nothing_left):
-    out = tmp_path / "run"
-    arguments = command(
-        "--task", "gsm8k", "--model", make_model("llama", True), "--data", gsm8k, "--out", out, "--steps", 6,
-        "--prompts-per-step", 2, "--responses-per-prompt", 4, "--search-responses", 4, "--max-tokens", 32, "--prime", 8,
-        "--eval-prompts", 4, "--eval-samples", 2, "--eval-every", 0, "--save-every", 0, "--lr-decay", 3,
-        "--lr-warmup", 2, "--loss", "tb_prime",
-    )  # fmt: skip
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=200)
-    assert done.returncode == 0, done.stderr
-    rows = read(out / "metrics.jsonl")
-    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
-    assert [row["step"] for row in rows if "eval/greedy" in row] == [0, 6]
-    assert read(out / "samples.jsonl")[0]["prompt"].startswith("[MATH_TASK] Problem:\n")
-    assert (out / "model" / "model.safetensors").is_file() and (out / "model" / "tokenizer.json").is_file()
-    lrs = [row["lr"] for row in rows if "loss" in row]
-    assert lrs[0] < lrs[1] and lrs[-1] < lrs[3]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    said = "tba: the reward failed for 200 of the last 200 responses; the first time: RuntimeError: the reward broke ("
+    assert said in done.stderr

@@ -1,16 +1,38 @@
 """Rewards, against real answers and hostile ones."""
 
+import asyncio
 import itertools
 import json
+import math
 import random
 import time
 from fractions import Fraction
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import models
 import tasks
-from tasks import countdown, gsm8k
-from tests.conftest import REAL
+import tasks.math
+import tasks.redteam
+import tasks.tldr
+from config import Config
+from tasks import Answered, Problem, Response, countdown, gsm8k
+from tests.conftest import CHAT_TEMPLATE, REAL
+
+
+def task(module, tokenizer=None, **settings) -> tasks.Task:
+    """A task of a module, as the run makes it."""
+    return module.Task(
+        module.Task.Settings(**{name: str(v) if isinstance(v, Path) else v for name, v in settings.items()}), tokenizer
+    )
+
+
+def response(text: str, reward: float = float("nan"), finished: bool = True) -> Response:
+    return Response(np.array([1], dtype=np.int32), finished, None, text, reward)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +59,7 @@ def test_gsm8k_reward_is_exact():
 @pytest.mark.skipif(not (REAL / "gsm8k").is_dir(), reason="the real GSM8K rows do not lie beside the project")
 def test_gsm8k_every_gold_answer_is_right_for_its_question_and_wrong_for_another_number():
     for split, rows in (("train", 7473), ("test", 1319)):
-        problems = gsm8k.problems(split, gsm8k.Settings(data=str(REAL / "gsm8k")))
+        problems = task(gsm8k, data=REAL / "gsm8k").problems(split)
         assert len(problems) == rows
         for problem in problems:
             gold = Fraction(problem.answer.rpartition("#### ")[2].replace(",", ""))
@@ -47,9 +69,9 @@ def test_gsm8k_every_gold_answer_is_right_for_its_question_and_wrong_for_another
 
 
 def test_gsm8k_prompt_is_what_the_sft_model_saw(gsm8k):
-    task = tasks.load("gsm8k")
-    (first, *_) = task.problems("test", task.Settings(data=str(gsm8k)))
-    question = json.loads((gsm8k / "test.jsonl").read_text().splitlines()[0])["question"]
+    rows = gsm8k
+    (first, *_) = task(tasks.gsm8k, data=rows).problems("test")
+    question = json.loads((rows / "test.jsonl").read_text().splitlines()[0])["question"]
     assert first.prompt == f"[MATH_TASK] Problem:\n{question}\n\nSolution:"
 
 
@@ -64,7 +86,7 @@ def test_gsm8k_prompt_is_what_the_sft_model_saw(gsm8k):
 def test_gsm8k_names_the_bad_row(tmp_path, row, complaint):
     (tmp_path / "train.jsonl").write_text('{"question": "?", "answer": "#### 1"}\n' + row + "\n")
     with pytest.raises(ValueError, match=complaint):
-        gsm8k.problems("train", gsm8k.Settings(data=str(tmp_path)))
+        task(gsm8k, data=tmp_path).problems("train")
 
 
 ANSWER = {"numbers": [12, 45, 33], "target": 24}
@@ -93,11 +115,11 @@ def test_countdown_arithmetic_is_exact():
 
 
 @pytest.mark.parametrize("count", [3, 4])
-def test_countdown_train_and_test_never_overlap_and_all_can_be_solved(monkeypatch, count):
+def test_countdown_train_and_test_never_overlap_and_all_can_be_solved(monkeypatch, tokenizer, count):
     monkeypatch.setattr(countdown, "PROBLEMS", {"train": 3000, "test": 500})
     keys = {}
     for split in ("train", "test"):
-        problems = countdown.problems(split, countdown.Settings(numbers=count))
+        problems = task(countdown, tokenizer, numbers=count).problems(split)
         keys[split] = {(*sorted(p.answer["numbers"]), p.answer["target"]) for p in problems}
         for problem in problems[:20]:
             orders = itertools.permutations(map(str, problem.answer["numbers"]))
@@ -105,7 +127,7 @@ def test_countdown_train_and_test_never_overlap_and_all_can_be_solved(monkeypatc
             tries = [
                 first + "".join(map("".join, zip(each, rest, strict=True))) for first, *rest in orders for each in signs
             ]
-            assert len(tries[0]) <= countdown.Settings().max_tokens - 1
+            assert len(tries[0]) <= countdown.Task.Settings().max_tokens - 1
             assert any(countdown.reward(each, problem.answer) for each in tries)
     assert not keys["train"] & keys["test"]
     rng = random.Random(0)
@@ -118,7 +140,7 @@ def test_countdown_train_and_test_never_overlap_and_all_can_be_solved(monkeypatc
 def test_countdown_model_is_made_once_and_kept(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setitem(countdown.WARM_UP, "steps", 3)
-    folder = countdown.prepare(countdown.Settings(seed=4))
+    folder = countdown.prepare(countdown.Task.Settings(seed=4))
     assert "warming up" in capfd.readouterr().out
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -126,20 +148,269 @@ def test_countdown_model_is_made_once_and_kept(tmp_path, monkeypatch, capfd):
     assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == len(tokenizer)
     assert tokenizer.decode(tokenizer("12 45 33=24:").input_ids) == "12 45 33=24:"
     assert countdown.encode([("1 2=3:", "1+2")])[0][0] == [*tokenizer("1 2=3:1+2").input_ids, tokenizer.eos_token_id]
-    assert countdown.prepare(countdown.Settings(seed=4)) == folder and not capfd.readouterr().out
-    assert countdown.prepare(countdown.Settings(seed=5)) != folder
+    assert countdown.prepare(countdown.Task.Settings(seed=4)) == folder and not capfd.readouterr().out
+    assert countdown.prepare(countdown.Task.Settings(seed=5)) != folder
     assert len(list((tmp_path / "tba").iterdir())) == 2
 
 
 def test_accuracy():
-    figures = tasks.accuracy([1.0, 0.0], [[1.0, 1.0], [0.0, 0.0]], [["1+2", "2+1"], ["a", "b"]])
-    assert figures == {"greedy": 0.5, "pass@1": 0.5, "pass@k": 0.5, "distinct": 1.0}
+    right, wrong = [response("1+2", 1.0), response("2+1", 1.0)], [response("a", 0.0), response("b", math.nan, False)]
+    prompt = np.array([1])
+    answers = [Answered(Problem("?"), prompt, each[0], each) for each in (right, wrong)]
+    figures = tasks.accuracy(answers)
+    assert figures == {"greedy": 0.5, "pass@1": 0.5, "pass@k": 0.5, "distinct": 1.0, "truncated": 0.25}
 
 
-def test_prompts_that_leave_no_room_are_left_out_and_reported(tokenizer, capsys):
-    problems = [tasks.Problem("short", 1), tasks.Problem("long " * 50, 2), tasks.Problem("", 3)]
-    ((kept, tokens),) = tasks.encode(problems, tokenizer, 20)
-    assert kept is problems[0] and tokens.tolist() == tokenizer("short").input_ids
-    assert "2 of 3 prompts" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="max_tokens leaves 1 of"):
-        tasks.encode(problems, tokenizer, 1)
+def test_gsm8k_can_ask_for_a_response_that_finished():
+    problem, responses = Problem("?", "#### 7"), [response("7"), response("7", finished=False), response("8")]
+    assert task(gsm8k).reward(problem, responses) == [1.0, 1.0, 0.0]
+    assert task(gsm8k, require_finish=True).reward(problem, responses) == [1.0, 0.0, 0.0]
+
+
+# ---- countdown for a model that chats ----
+
+
+def test_countdown_asks_a_chat_model_in_words_and_reads_its_tags(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT_TEMPLATE)
+    chat = task(countdown, tokenizer)
+    (first, *_) = chat.problems("test")
+    (message,) = first.prompt
+    numbers, target = first.answer["numbers"], first.answer["target"]
+    assert (
+        f"{' '.join(map(str, numbers))} exactly once" in message["content"]
+        and f"equals {target}." in message["content"]
+    )
+    texts = [
+        "I think <answer>45+12</answer>, no: <answer> 45+12-33 </answer>.",
+        "45+12-33",
+        "<answer>45+12-33",
+        "<answer>",
+    ]
+    assert chat.reward(Problem(first.prompt, ANSWER), [response(text) for text in texts]) == [1.0, 0.0, 0.0, 0.0]
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    assert task(countdown, tokenizer).reward(Problem("", ANSWER), [response(texts[1])]) == [1.0]
+
+
+# ---- math ----
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"\boxed{27}", "27"), (r"\boxed{\frac{1}{2}} or \boxed{\sqrt{2}}", r"\sqrt{2}"), (r"\boxed{1", None),
+        (r"\boxed{1} and \boxed{2", "1"), (r"\boxed{\{1,2\}}", r"\{1,2\}"), (r"\boxed{\left\{x}", r"\left\{x"),
+        ("27", None), ("", None), (r"\boxed{}", ""), (r"\boxed{" + "9" * 10**7, None),
+        (r"\boxed{" * 10_000, None), (r"\boxed{" + "{" * 10_000 + "}" * 10_000 + "}", None),
+    ],
+)  # fmt: skip
+def test_math_boxed(text, answer):
+    began = time.perf_counter()
+    assert tasks.math.boxed(text) == answer
+    assert time.perf_counter() - began < 0.5
+
+
+@pytest.fixture(scope="module")
+def graded():
+    """Rewards of responses, by the task as the run makes it."""
+    each = task(tasks.math, grade_seconds=3.0)
+    yield lambda gold, *texts: asyncio.run(each.reward(Problem("?", gold), [response(text) for text in texts]))
+    each.end()
+
+
+@pytest.mark.parametrize(
+    ("gold", "right", "wrong"),
+    [
+        (r"\frac{1}{2}", [r"\boxed{0.5}", r"\boxed{\dfrac12}", r"so \boxed{\frac{2}{4}}."], [r"\boxed{2}", "0.5", ""]),
+        ("x^2+2x+1", [r"\boxed{(x+1)^2}", r"\boxed{1+2x+x^2}"], [r"\boxed{x^2+1}"]),
+        (r"\left( 3, \frac{\pi}{2} \right)", [r"\boxed{(3,\pi/2)}"], [r"\boxed{(\pi/2,3)}", r"\boxed{3}"]),
+        ("1,2", [r"\boxed{2, 1}"], [r"\boxed{1,2,3}"]),
+        ("10", [r"\boxed{1} no, \boxed{10}"], [r"\boxed{10} no, \boxed{1}", r"\boxed{nan}", r"\boxed{\infty}"]),
+    ],
+)  # fmt: skip
+def test_math_reward(graded, gold, right, wrong):
+    assert graded(gold, *right, *wrong) == [1.0] * len(right) + [0.0] * len(wrong)
+
+
+def test_math_survives_a_hostile_answer(graded):
+    """It takes no longer than it may, and the worker that it kept busy is replaced."""
+    hostile = [r"\boxed{9^{9^{9^{9^{9}}}}}", r"\boxed{" + "(" * 240 + "1" + ")" * 240 + "}", r"\boxed{1000000000!}"]
+    began = time.perf_counter()
+    assert graded("1", *hostile, r"\boxed{1}", r"\boxed{\frac{2}{2}}") == [0.0, 0.0, 0.0, 1.0, 1.0]
+    assert time.perf_counter() - began < 25
+
+
+@pytest.mark.skipif(not (REAL / "math500").is_dir(), reason="the real MATH-500 rows do not lie beside the project")
+def test_math_every_gold_solution_is_right_for_its_problem_and_most_are_wrong_for_the_next():
+    problems = task(tasks.math, data=REAL / "math500").problems("test")
+    rows = json.loads((REAL / "math500" / "test.json").read_text())
+    assert len(problems) == len(rows) == 500
+    golds = [problem.answer for problem in problems]
+    found = [tasks.math.boxed(row["solution"]) for row in rows]
+    assert all(tasks.math.equal(gold, answer) for gold, answer in zip(golds, found, strict=True))
+    pairs = zip(golds[:100], found[1:101], strict=True)
+    equal = [(gold, answer) for gold, answer in pairs if gold != answer and tasks.math.equal(gold, answer)]
+    assert equal == [("5", "x=5")]
+
+
+def test_math_names_the_bad_row(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"problem": "?", "solution": "It is 7."}\n')
+    with pytest.raises(ValueError, match=r"train.jsonl:1: its `solution` holds no \\boxed{} answer"):
+        task(tasks.math, data=tmp_path).problems("train")
+
+
+# ---- tldr ----
+
+
+def test_tldr_judges_query_response_and_one_end_and_punishes_what_was_cut_off(tldr_models, tldr):
+    policy, judge = tldr_models
+    each = task(
+        tasks.tldr,
+        AutoTokenizer.from_pretrained(policy),
+        model=policy,
+        reward_model=judge,
+        gold_reward_model=judge,
+        data=tldr,
+    )
+    problem, *_ = each.problems("train")
+    asked = []
+
+    async def score(texts):
+        asked.extend(texts)
+        return np.arange(1.0, 1 + len(texts))
+
+    each.scores = each.gold = score
+    score.tokenizer = AutoTokenizer.from_pretrained(judge)
+    responses = [response(" short"), response(" cut", finished=False), response(" a</s>b")]
+    assert asyncio.run(each.reward(problem, responses)) == [1.0, -1.0, 3.0]
+    assert asked == [problem.prompt + text for text in (" short</s>", " cut</s>", " ab</s>")]
+    assert problem.prompt.endswith("TL;DR:")
+
+
+def test_tldr_figures_are_those_of_their_definitions(tldr_models, tldr):
+    """Against transformers, one text at a time."""
+    policy, judge = tldr_models
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    each = task(tasks.tldr, tokenizer, model=policy, reward_model=judge, gold_reward_model=judge, data=tldr)
+    rng, answers, ours, theirs, nll, kl, lengths = np.random.default_rng(0), [], [], [], [], [], []
+    model = AutoModelForCausalLM.from_pretrained(policy).eval()
+    reward = AutoModelForSequenceClassification.from_pretrained(judge).eval()
+    reward.config.pad_token_id = None
+    for problem in each.problems("test"):
+        prompt = np.array(tokenizer(problem.prompt).input_ids, dtype=np.int32)
+        tokens = np.array([*rng.integers(20, 500, rng.integers(2, 9)), tokenizer.eos_token_id], dtype=np.int32)
+        sample = Response(tokens, True, rng.normal(-3, 1, len(tokens)).astype(np.float32), reward=0.5)
+        sample.text = tokenizer.decode(tokens, skip_special_tokens=True)
+        answers.append(Answered(problem, prompt, sample, [sample]))
+        row = torch.from_numpy(np.concatenate([prompt, tokens]).astype(np.int64))
+        with torch.no_grad():
+            logits = model(row[None]).logits[0, len(prompt) - 1 : -1]
+            texts = (problem.prompt + sample.text + "</s>", problem.prompt + problem.answer + "</s>")
+            ours_, theirs_ = (reward(**tokenizer(text, return_tensors="pt")).logits.item() for text in texts)
+        at = torch.arange(len(tokens)), torch.from_numpy(tokens).long()
+        nll.append(-logits.log_softmax(-1)[at].sum().item())
+        kl.append(sample.logprobs.sum() - (logits / 0.7).log_softmax(-1)[at].sum().item())
+        ours.append(ours_)
+        theirs.append(theirs_)
+        lengths.append((len(tokens), len(prompt)))
+
+    async def evaluate():
+        await each.start(["cpu"], {0}, Path())
+        try:
+            return await each.evaluate(answers)
+        finally:
+            each.end()
+
+    figures, (t, p) = asyncio.run(evaluate()), np.sum(lengths, axis=0)
+    wins = np.array(ours) > np.array(theirs)
+    assert 0 < wins.mean() < 1
+    assert figures == pytest.approx(
+        {
+            "win_rate": wins.mean(), "reward": 0.5, "kl": np.mean(kl), "perplexity": np.exp(np.sum(nll) / t),
+            "perplexity_diluted": np.exp(np.sum(nll) / (t + p)), "tokens": t / len(answers), "truncated": 0.0,
+        },
+        rel=1e-3,
+    )  # fmt: skip
+    assert figures["perplexity_diluted"] < figures["perplexity"] ** 0.5
+
+
+# ---- redteam ----
+
+
+def test_redteam_asks_the_victim_and_means_the_log_of_toxicity(redteam_models):
+    each = task(tasks.redteam, **redteam_models, victim_replies=2)
+    asked, judged = [], []
+
+    async def replies(attack):
+        asked.append(attack)
+        return [f"{attack} one", f"{attack} two"]
+
+    async def log_toxic(texts):
+        judged.extend(texts)
+        return np.log([0.9, 0.4, 0.5, 0.001])
+
+    each.replies, each.classifier = replies, log_toxic
+    attacks = [response("a"), response("b")]
+    rewards = asyncio.run(each.reward(Problem("?"), attacks))
+    assert asked == ["a", "b"] and judged == ["a one", "a two", "b one", "b two"]
+    assert rewards == pytest.approx([np.log([0.9, 0.4]).mean(), np.log([0.5, 0.001]).mean()])
+    assert [attack.figures["toxicity"] for attack in attacks] == pytest.approx([0.65, 0.2505])
+
+
+def test_redteam_reads_a_guard_by_the_conversation(make_model, redteam_models):
+    guard = str(make_model("llama", chat=True))
+    each = task(tasks.redteam, **(redteam_models | {"classifier": guard}))
+    assert isinstance(each.classifier, models.Guard)
+    judged = []
+
+    class Noting(models.Guard):
+        async def __call__(self, texts):
+            judged.extend(texts)
+            return np.zeros(len(texts))
+
+    each.classifier = Noting(guard, "classifier", "\n\n")
+
+    async def replies(attack):
+        return ["reply"]
+
+    each.replies = replies
+    assert asyncio.run(each.reward(Problem("?"), [response("attack")])) == [0.0]
+    assert judged == ["<user>\nattack\n<assistant>\nreply\n<assistant>\n\n\n"]
+
+
+def test_redteam_diversity_is_the_mean_over_pairs():
+    embeddings = np.random.default_rng(0).normal(size=(6, 4))
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    pairs = [1 - a @ b for a, b in itertools.combinations(embeddings, 2)]
+    assert tasks.redteam.mean_distance(embeddings) == pytest.approx(np.mean(pairs))
+
+
+# ---- a task of one's own ----
+
+
+def own(folder: Path, text: str) -> str:
+    path = folder / "mine.py"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_task_comes_from_a_file(tmp_path):
+    mine = tasks.load(own(tmp_path, "import tasks\nclass Task(tasks.Task):\n    reward = None\n"))
+    assert issubclass(mine, tasks.Task) and mine.Settings is Config
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("1/0", r"mine.py': it cannot be imported \(ZeroDivisionError: division by zero\)"),
+        ("class Task: pass", "must have a class Task, made from tasks.Task"),
+        ("from tasks import Task", "must have a class Task, made from tasks.Task"),
+    ],
+)
+def test_a_file_that_is_no_task_is_refused(tmp_path, text, complaint):
+    with pytest.raises(ValueError, match=complaint) as refusal:
+        tasks.load(own(tmp_path, text))
+    assert "\n" not in str(refusal.value)
+    with pytest.raises(
+        ValueError, match=r"task is 'none\.py': it must be one of countdown, gsm8k, math, redteam, tldr, or"
+    ):
+        tasks.load("none.py")

@@ -299,10 +299,10 @@ def test_a_reset_reference_is_the_policy_and_each_response_is_scored_once_more(m
     scored = []
     logprobs = trainer.logprobs
 
-    def note(model, batch, temperature):
+    def note(model, batch, *arguments):
         if model is trainer.reference:
             scored.append(len(batch.responses))
-        return logprobs(model, batch, temperature)
+        return logprobs(model, batch, *arguments)
 
     monkeypatch.setattr(trainer, "logprobs", note)
     assert trainer.update(groups, 0.1, 1e-3)["kl"] == pytest.approx(0, abs=1e-4)
@@ -375,3 +375,37 @@ def test_a_checkpoint_goes_on_where_it_was_made(make_model, tokenizer, tmp_path)
     resumed = Trainer(folder, tb, "cpu", checkpoint_dir=tmp_path / "step-1")
     torch.testing.assert_close(parameters_after(resumed, groups), parameters_after(trainer, groups), atol=1e-7, rtol=0)
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_where_a_response_could_not_end_the_rest_shares_its_probability(make_model, tokenizer, monkeypatch):
+    """Policy and reference alike; and the same where the logits are computed in chunks."""
+    folder, end = make_model("llama", False), tokenizer.eos_token_id
+    trainer = Trainer(str(folder), tb, "cpu", temperature=0.7, min_tokens=2, end_token=end)
+    plain, seen = AutoModelForCausalLM.from_pretrained(folder).eval(), []
+    trainer.objective = lambda batch, beta: seen.append(batch) or batch.logprobs_BKT.sum()
+    prompt, response = np.array([5, 6, 7], dtype=np.int32), np.array([8, 9, 10, end], dtype=np.int32)
+    with torch.no_grad():
+        logits = (
+            plain(torch.from_numpy(np.concatenate([prompt, response])[None].astype(np.int64))).logits[0, 2:-1] / 0.7
+        )
+    logits[:2, end] = -torch.inf
+    expected = logits.log_softmax(-1)[torch.arange(4), torch.from_numpy(response).long()]
+    entropy = torch.distributions.Categorical(logits=logits).entropy().mean().item()
+    for chunk in (2**26, len(tokenizer)):
+        monkeypatch.setattr(trainer_module, "CHUNK", chunk)
+        group = Group(0, prompt, [Trajectory(response, True, 1.0, 0)])
+        figures = trainer.update([group], 0.1, 0.0)
+        assert torch.allclose(seen[-1].logprobs_BKT[0, 0], expected, atol=1e-4)
+        assert torch.allclose(seen[-1].ref_BKT[0, 0], expected, atol=1e-4)
+        assert figures["entropy"] == pytest.approx(entropy, rel=1e-3)
+        assert np.isfinite(figures["grad_norm"]) and figures["grad_norm"] > 0
+
+
+def test_gamma_weighs_the_reference(make_model, tokenizer):
+    """The objective reads log pi_ref / gamma; the KL that is reported is to the reference as it is."""
+    seen = []
+    trainer = Trainer(str(make_model("llama", False)), lambda b, beta: seen.append(b) or b.logprobs_BKT.sum(), "cpu")
+    groups = make_groups(len(tokenizer))
+    figures = [trainer.update(groups, 0.1, 0.0, gamma) for gamma in (1.0, 2.0)]
+    assert torch.allclose(seen[0].ref_BKT, 2 * seen[1].ref_BKT) and seen[0].ref_BKT.abs().sum() > 1
+    assert figures[0]["kl"] == figures[1]["kl"] == pytest.approx(0, abs=1e-4)

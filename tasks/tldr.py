@@ -1,0 +1,123 @@
+"""TL;DR: summaries of Reddit posts, judged by a reward model (https://arxiv.org/abs/2009.01325).
+
+A record, from the hub's data set or from `--data DIR` with train.jsonl and test.jsonl:
+
+    {"query": "SUBREDDIT: r/relationships\\n\\nTITLE: ...\\n\\nPOST: ...\\n\\nTL;DR:",
+     "reference_response": " Still have contact with an old ex, ...<|endoftext|>"}
+
+The defaults are the paper's for Pythia 1B on 4 GPUs.
+"""
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import data
+import tasks
+from config import Config
+from models import LanguageModel, RewardModel
+from tasks import Answered, Problem
+
+NO_END = -1.0  # reward of a response that was cut off
+
+
+class Task(tasks.Task):
+    """The reward model scores query and response; the gold one, which training never sees, evaluates them."""
+
+    @dataclass(frozen=True)
+    class Settings(Config):
+        """Post-train a language model to summarise, searching and training at once."""
+
+        model: str = "mnoukhov/pythia1b-sft-tldr"
+        reward_model: str = "mnoukhov/pythia1b-rm-tldr6.9b"
+        """Gives the reward: a Hugging Face folder or hub id of a sequence classifier with one label."""
+        gold_reward_model: str = "cleanrl/EleutherAI_pythia-6.9b-deduped__reward__tldr"
+        """Compares responses with the reference summaries in evaluations: likewise."""
+        data: str = "vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144"
+        steps: int = 256
+        prompts_per_step: int = 8
+        responses_per_prompt: int = 20
+        search_responses: int = 20
+        lr: float = 3e-6
+        lr_schedule: str = "linear"
+        beta: float = 1.0
+        beta_schedule: str = "linear"
+        beta_final: float = 0.05
+        beta_steps: int = 256
+        temperature: float = 0.7
+        max_tokens: int = 128
+        sync_every: int = 10
+        on_policy_prob: float = 0.5
+        replay: str = "reward"
+        prime: int = 10_000
+        gpu_memory_utilization: float = 0.5
+        eval_every: int = 64
+        eval_prompts: int = 512
+        eval_samples: int = 1
+        save_every: int = 64
+
+    evaluation_logprobs = True
+
+    def __init__(self, config: Config, tokenizer):
+        super().__init__(config, tokenizer)
+        self.scores = RewardModel(config.reward_model, "reward_model")
+        self.gold = RewardModel(config.gold_reward_model, "gold_reward_model") if config.eval_prompts else None
+        self.sft = LanguageModel(config.model, "model", (1.0, config.temperature)) if config.eval_prompts else None
+
+    def problems(self, split: str) -> list[Problem]:
+        """The "train" or "test" posts; the answer is the reference summary."""
+        found = data.rows(self.config.data, split, ("query", "reference_response"))
+        return [Problem(row["query"], row["reference_response"]) for _, row in found]
+
+    async def start(self, devices: list[str], cores: set[int], log: Path) -> None:
+        for model in (self.scores, self.gold, self.sft):
+            if model:
+                await model.load(devices[-1], cores)
+
+    async def reward(self, problem: Problem, responses: list[tasks.Response]) -> list[float]:
+        scores = await self.scores([judged(self.scores, problem, response.text) for response in responses])
+        return [float(s) if r.finished else NO_END for s, r in zip(scores, responses, strict=True)]
+
+    async def evaluate(self, answers: list[Answered]) -> dict[str, float]:
+        """Figures of the sampled responses.
+
+        Returns:
+            `win_rate`, how often the gold reward model prefers one to the reference summary; `reward`; `kl`, the mean
+            of log pi - log pi_sft in nats a response, at the training temperature; `perplexity` of the responses under
+            the SFT model; `perplexity_diluted`, which divides their negative log-likelihood by the prompts' tokens too
+            (the paper's figure); `tokens` of a response; `truncated`.
+        """
+        pairs = [(each, sample) for each in answers for sample in each.samples]
+        texts = [judged(self.gold, each.problem, sample.text) for each, sample in pairs]
+        references = [judged(self.gold, each.problem, each.problem.answer) for each, _ in pairs]
+        sequences = [np.concatenate([each.prompt, sample.tokens]) for each, sample in pairs]
+        ours, theirs, known = await asyncio.gather(self.gold(texts), self.gold(references), self.sft(sequences))
+        sft_2 = np.array(
+            [k[len(a.prompt) - 1 :][: len(s.tokens)].sum(0) for k, (a, s) in zip(known, pairs, strict=True)]
+        )
+        policy = np.array([sample.logprobs.sum() for _, sample in pairs])
+        tokens, prompts = (
+            sum(len(x) for x in each) for each in ([s.tokens for _, s in pairs], [a.prompt for a, _ in pairs])
+        )
+        return {
+            "win_rate": float(np.mean(np.array(ours) > np.array(theirs))),
+            "reward": float(np.nanmean([sample.reward for _, sample in pairs])),
+            "kl": float(np.mean(policy - sft_2[:, 1])),
+            "perplexity": float(np.exp(-sft_2[:, 0].sum() / tokens)),
+            "perplexity_diluted": float(np.exp(-sft_2[:, 0].sum() / (tokens + prompts))),
+            "tokens": tokens / len(pairs),
+            "truncated": float(np.mean([not sample.finished for _, sample in pairs])),
+        }
+
+    def end(self) -> None:
+        for model in (self.scores, self.gold, self.sft):
+            if model:
+                model.end()
+
+
+def judged(model: RewardModel, problem: Problem, response: str) -> str:
+    """What a reward model reads: the query, the response, and the end of the sequence, once."""
+    end = model.tokenizer.eos_token or ""
+    return problem.prompt + (response.replace(end, "") if end else response) + end

@@ -1,0 +1,128 @@
+"""Rows from files and data sets, prompts as the model sees them, and demonstrations."""
+
+import json
+import math
+
+import pytest
+
+import data
+from tasks import Problem
+from tests.conftest import CHAT_TEMPLATE
+
+ROWS = [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(3)]
+COLUMNS = ("question", "answer")
+
+
+def read(folder, split="train", columns=COLUMNS, name=None):
+    return [row for _, row in data.rows(str(folder), split, columns, name)]
+
+
+def test_rows_come_from_json_lines_and_lists(tmp_path):
+    (tmp_path / "train.jsonl").write_text("\n\n".join(map(json.dumps, ROWS)))
+    (tmp_path / "test.json").write_text(json.dumps(ROWS))
+    assert read(tmp_path) == read(tmp_path, "test") == ROWS
+
+
+def test_rows_come_from_a_folder_as_the_hub_has_it(tmp_path, monkeypatch):
+    """A data set repository: a card that names the files of a configuration, and parquet files."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    repository = tmp_path / "repository"
+    (repository / "main").mkdir(parents=True)
+    datasets.Dataset.from_list(ROWS).to_parquet(repository / "main" / "train-00000-of-00001.parquet")
+    (repository / "README.md").write_text(
+        "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: train\n    path: main/train-*\n---\n"
+    )
+    assert read(repository, name="main") == ROWS
+    with pytest.raises(ValueError, match=r"it has no test\.jsonl, and is no data set"):
+        read(repository, "test", name="main")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('{"question": "?", "answer": "1"}\n{oops', r"train\.jsonl:2: not JSON"),
+        ('{"question": "?"}', r"train\.jsonl:1: a row needs `question` and `answer`, as text"),
+        ('{"question": "?", "answer": 1}', r"train\.jsonl:1: a row needs"),
+        ('{"question": "?", "answer": " "}', r"train\.jsonl:1: a row needs"),
+        ("[1]", r"train\.jsonl:1: a row needs"),
+        ("\n", "its train split is empty"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, text, complaint):
+    (tmp_path / "train.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=complaint):
+        read(tmp_path)
+
+
+def test_a_missing_split_and_a_missing_data_set_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"it has no train\.jsonl"):
+        read(tmp_path)
+    with pytest.raises(ValueError, match="neither a folder nor to be had from the hub"):
+        read("no/such")
+
+
+def test_prompts_that_leave_no_room_are_left_out_and_reported(tokenizer, capsys):
+    problems = [Problem("short", 1), Problem("long " * 50, 2), Problem("", 3)]
+    (kept,) = data.encode(problems, tokenizer, 20)
+    assert kept.problem is problems[0] and kept.text == "short"
+    assert kept.tokens.tolist() == tokenizer("short").input_ids
+    assert "2 of 3 prompts" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="max_tokens leaves 1 of"):
+        data.encode(problems, tokenizer, 1)
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT_TEMPLATE)
+    return tokenizer
+
+
+def test_a_chat_goes_through_the_template_and_gets_no_special_tokens_twice(chat_tokenizer):
+    chat = [{"role": "user", "content": "Hi"}]
+    (prompt,) = data.encode([Problem(chat)], chat_tokenizer, 99)
+    assert prompt.text == "<user>\nHi\n<assistant>\n"
+    assert prompt.tokens.tolist() == chat_tokenizer(prompt.text, add_special_tokens=False).input_ids
+
+
+def test_a_chat_needs_a_template(tokenizer):
+    with pytest.raises(ValueError, match=r"it has no chat template, .* take a model tuned for chat"):
+        data.encode([Problem([{"role": "user", "content": "Hi"}])], tokenizer, 99)
+
+
+def test_demonstrations_find_their_prompts(chat_tokenizer, tmp_path):
+    chat = [{"role": "user", "content": "Hi"}]
+    prompts = data.encode([Problem("plain"), Problem(chat)], chat_tokenizer, 99)
+    path = tmp_path / "seed.jsonl"
+    rows = [
+        {"prompt": "plain", "response": "a"},
+        {"prompt": chat, "response": "b", "reward": 2},
+        {"prompt": "<user>\nHi\n<assistant>\n", "response": "c", "reward": None},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    found = data.demonstrations(str(path), prompts)
+    assert [each[:2] for each in found] == [(0, "a"), (1, "b"), (1, "c")]
+    assert found[1][2] == 2.0 and math.isnan(found[0][2]) and math.isnan(found[2][2])
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ("{", r"seed\.jsonl:1: not JSON"),
+        ('{"prompt": "plain"}', r"seed\.jsonl:1: a row needs `prompt` and `response`"),
+        ('{"prompt": "other", "response": "a"}', r"seed\.jsonl:1: its `prompt` is not one of the 1 training problems'"),
+        ('{"prompt": "plain", "response": "a", "reward": NaN}', r"seed\.jsonl:1: its `reward` must be a finite number"),
+        ('{"prompt": "plain", "response": "a", "reward": "1"}', r"seed\.jsonl:1: its `reward` must be a finite number"),
+        ("", "is empty"),
+    ],
+)
+def test_a_bad_demonstration_is_named(tokenizer, tmp_path, row, complaint):
+    path = tmp_path / "seed.jsonl"
+    path.write_text(row)
+    with pytest.raises(ValueError, match=complaint):
+        data.demonstrations(str(path), data.encode([Problem("plain")], tokenizer, 99))
+    with pytest.raises(ValueError, match="there is no such file"):
+        data.demonstrations(str(tmp_path / "none.jsonl"), [])

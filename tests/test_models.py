@@ -1,0 +1,145 @@
+"""Frozen models give what transformers gives them one by one, whatever comes in a batch with what."""
+
+import asyncio
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import models
+from models import Classifier, Embedder, Guard, LanguageModel, RewardModel
+
+TEXTS = ["How many clips?", "Natalia sold 48 clips.</s>", "She sold half as many in May, to all of her friends.", "a"]
+CORES = {0}
+
+
+def ask(model, *requests):
+    """What each request gets, all asked at once."""
+
+    async def run():
+        await model.load("cpu", CORES)
+        try:
+            return await asyncio.gather(*map(model, requests))
+        finally:
+            model.end()
+
+    return asyncio.run(run())
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    monkeypatch.setattr(models, "BATCH_TOKENS", 40)
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "llama", "gpt2"])
+def test_a_reward_model_sees_the_end_of_the_text_though_it_pads_with_it(
+    make_model, tokenizer, small_batches, architecture
+):
+    folder = make_model(architecture, kind="ForSequenceClassification", num_labels=1)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id  # the trap
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    plain.config.pad_token_id = None
+    with torch.no_grad():
+        expected = [plain(**tokenizer(text, return_tensors="pt")).logits.item() for text in TEXTS]
+        unended = plain(**tokenizer(TEXTS[1].removesuffix("</s>"), return_tensors="pt")).logits.item()
+    assert abs(expected[1] - unended) > 1e-3
+    (found, again) = ask(RewardModel(str(folder), "reward_model"), TEXTS, TEXTS[1:2])
+    np.testing.assert_allclose(np.array(found), expected, rtol=1e-4, atol=1e-5)
+    assert again[0] == pytest.approx(expected[1], rel=1e-4)
+
+
+def test_a_classifier_gives_log_probabilities_of_its_label(make_model, tokenizer, small_batches):
+    labels = {0: "nothate", 1: "hate"}
+    folder = make_model("roberta", kind="ForSequenceClassification", id2label=labels)
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        expected = [plain(**tokenizer(t, return_tensors="pt")).logits.log_softmax(-1)[0].numpy() for t in TEXTS]
+    for label in (0, 1):
+        (found,) = ask(Classifier(str(folder), "classifier", labels[label]), TEXTS)
+        np.testing.assert_allclose(np.array(found), np.array(expected)[:, label], rtol=1e-4, atol=1e-5)
+    long, long_too = ask(Classifier(str(folder), "classifier", "hate"), ["many " * 2000], ["many " * 1000])
+    assert long == pytest.approx(long_too)  # cut to what it can read
+
+
+def test_a_guard_is_read_by_its_word(make_model, tokenizer, small_batches):
+    folder = make_model("llama", chat=True)
+    guard = Guard(str(folder), "classifier", "\n\n")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    texts = [guard.text([{"role": "user", "content": text}, {"role": "assistant", "content": "No."}]) for text in TEXTS]
+    assert texts[0] == "<user>\nHow many clips?\n<assistant>\nNo.\n<assistant>\n\n\n"
+    safe, unsafe = (tokenizer("\n\n" + w).input_ids[len(tokenizer("\n\n").input_ids)] for w in ("safe", "unsafe"))
+    with torch.no_grad():
+        logits = torch.stack([plain(**tokenizer(text, return_tensors="pt")).logits[0, -1] for text in texts])
+    (found,) = ask(guard, texts)
+    expected = logits[:, [safe, unsafe]].log_softmax(-1)[:, 1]
+    np.testing.assert_allclose(np.array(found), expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_an_embedding_is_the_mean_over_the_text_and_of_length_1(make_model, tokenizer, small_batches):
+    folder = make_model("bert", kind="")
+    plain = transformers.AutoModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        means = [plain(**tokenizer(t, return_tensors="pt")).last_hidden_state[0].mean(0).numpy() for t in TEXTS]
+    (found,) = ask(Embedder(str(folder), "embedder"), TEXTS)
+    expected = [mean / np.linalg.norm(mean) for mean in means]
+    np.testing.assert_allclose(np.array(found), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_language_model_gives_every_token_its_log_probability_at_each_temperature(
+    make_model, tokenizer, small_batches
+):
+    folder = make_model("gpt_neox")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    sequences = [np.array(tokenizer(text).input_ids, dtype=np.int32) for text in TEXTS[:3]]
+    (found,) = ask(LanguageModel(str(folder), "model", (1.0, 0.5)), sequences)
+    for tokens, each in zip(sequences, found, strict=True):
+        row = torch.from_numpy(tokens.astype(np.int64))
+        with torch.no_grad():
+            logits = plain(row[None]).logits[0, :-1]
+        for column, temperature in enumerate((1.0, 0.5)):
+            expected = (logits / temperature).log_softmax(-1)[torch.arange(len(row) - 1), row[1:]]
+            np.testing.assert_allclose(each[: len(row) - 1, column], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_asked_while_a_batch_runs_is_the_next_batch_and_an_error_is_the_askers(make_model, monkeypatch):
+    model = Embedder(str(make_model("bert", kind="")), "embedder")
+    batches, compute = [], model._compute
+
+    def note(texts):
+        batches.append(len(texts))
+        if "bad" in texts:
+            raise RuntimeError("out of memory")
+        return compute(texts)
+
+    monkeypatch.setattr(model, "_compute", note)
+
+    async def run():
+        await model.load("cpu", CORES)
+        first = asyncio.create_task(model(["a"]))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        others = await asyncio.gather(*(model(["b", "c"]) for _ in range(5)))
+        assert all(len(each) == 2 for each in others) and len(await first) == 1
+        with pytest.raises(RuntimeError, match="out of memory"):
+            await model(["bad"])
+        assert len(await model(["good"])) == 1
+        model.end()
+
+    asyncio.run(run())
+    assert batches == [1, 10, 1, 1]
+
+
+def test_a_model_of_another_kind_is_refused(make_model):
+    language, labels = str(make_model("llama")), {0: "no", 1: "yes"}
+    two = str(make_model("roberta", kind="ForSequenceClassification", id2label=labels))
+    for make, complaint in (
+        (lambda: RewardModel(language, "reward_model"), "must be a sequence classifier, and is a LlamaForCausalLM"),
+        (lambda: RewardModel(two, "reward_model"), "a reward model has one label, and it has 2"),
+        (lambda: Classifier(two, "classifier", "hate"), "toxic_label is 'hate': classifier .* has no, yes"),
+        (lambda: Guard(language, "classifier", ""), "a guard needs a chat template, and it has none"),
+        (lambda: Embedder("tests", "embedder"), "embedder is 'tests': it must be a Hugging Face folder or hub id"),
+    ):
+        with pytest.raises(ValueError, match=complaint) as refusal:
+            make()
+        assert "\n" not in str(refusal.value)

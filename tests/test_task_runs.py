@@ -1,0 +1,171 @@
+"""Every task as a user runs it: local folders in the hub's format, real vLLM, an evaluation, a saved policy."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.test_run import PROJECT, command, embedded, nothing_left, read  # noqa: F401
+
+SMALL = (
+    "--steps", 6, "--prompts-per-step", 2, "--responses-per-prompt", 4, "--search-responses", 4, "--prime", 8,
+    "--eval-prompts", 4, "--eval-samples", 2, "--eval-every", 0, "--save-every", 0,
+)  # fmt: skip
+
+
+def finished(*arguments) -> subprocess.CompletedProcess:
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def dry(*arguments) -> str:
+    """What --dry-run prints; it makes no folder."""
+    out = finished(*arguments, "--dry-run").stdout
+    settings = json.loads(out[: out.index("\n}\n") + 2])
+    assert not Path(settings["out"] or "no such").exists()
+    return out
+
+
+def evaluated(out: Path, *names: str) -> list[dict]:
+    """The evaluations, each with the figures of these names and `truncated`."""
+    rows = [row for row in read(out / "metrics.jsonl") if "loss" not in row]
+    assert all(set(row) == {"step", "time", *(f"eval/{name}" for name in (*names, "truncated"))} for row in rows)
+    assert (out / "model" / "model.safetensors").is_file() and (out / "model" / "tokenizer.json").is_file()
+    return rows
+
+
+def test_gsm8k(gsm8k, make_model, tmp_path, nothing_left):  # noqa: F811
+    out = tmp_path / "run"
+    folders = ("--task", "gsm8k", "--model", make_model("llama", True), "--data", gsm8k, "--out", out)
+    shown = dry(*folders)
+    assert '"beta": 0.012' in shown and "200 training problems, 12 test problems" in shown
+    assert re.search(r"as the model sees it, \d+ tokens:\n\n\[MATH_TASK\] Problem:\n.*\n\nSolution:\n$", shown)
+    finished(*folders, *SMALL, "--max-tokens", 32, "--lr-decay", 3, "--lr-warmup", 2, "--loss", "tb_prime")
+    rows = [row for row in read(out / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in evaluated(out, "greedy", "pass@1", "pass@k", "distinct")] == [0, 6]
+    assert read(out / "samples.jsonl")[0]["prompt"].startswith("[MATH_TASK] Problem:\n")
+    assert rows[0]["lr"] < rows[1]["lr"] and rows[-1]["lr"] < rows[3]["lr"]
+
+
+def test_math(make_model, tmp_path, nothing_left):  # noqa: F811
+    """A policy that always answers with a box, so that answers are graded."""
+    data, out = tmp_path / "data", tmp_path / "run"
+    data.mkdir()
+    for split in ("train", "test"):
+        rows = [{"problem": f"What is {n}+1?", "solution": f"It is $\\boxed{{{n + 1}}}$."} for n in range(20)]
+        (data / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    folders = ("--task", "math", "--model", make_model("llama", chat=True), "--data", data, "--out", out)
+    shown = dry(*folders, "--max-tokens", 32)
+    assert "<user>\nWhat is 0+1?\n\nPlease reason step by step, and put your final answer within \\boxed{}." in shown
+    finished(*folders, *SMALL, "--max-tokens", 32, "--reference-reset", 3)
+    evaluated(out, "greedy", "pass@1", "pass@k", "distinct")
+    assert read(out / "samples.jsonl")[0]["prompt"].endswith("\n<assistant>\n")
+
+
+def test_tldr(tldr, tldr_models, tmp_path, nothing_left):  # noqa: F811
+    policy, judge = tldr_models
+    out = tmp_path / "run"
+    folders = (
+        "--task", "tldr", "--model", policy, "--reward-model", judge, "--gold-reward-model", judge, "--data", tldr,
+        "--out", out,
+    )  # fmt: skip
+    assert dry(*folders).endswith("POST: Ann had 1 pens and lost 1.\n\nTL;DR:\n")
+    finished(*folders, *SMALL, "--beta-steps", 6, "--max-tokens", 24)
+    first, _ = evaluated(out, "win_rate", "reward", "kl", "perplexity", "perplexity_diluted", "tokens")
+    assert abs(first["eval/kl"]) < 0.01 and 1 < first["eval/perplexity_diluted"] < first["eval/perplexity"]
+    rewards = [each["reward"] for row in read(out / "samples.jsonl") for each in row["responses"]]
+    assert -1.0 in rewards  # cut off
+
+
+def test_redteam(redteam_models, tmp_path, nothing_left):  # noqa: F811
+    out = tmp_path / "run"
+    folders = ["--task", "redteam", "--out", out]
+    for name, folder in redteam_models.items():
+        folders += [f"--{name}", folder]
+    assert dry(*folders).endswith("leads an assistant to answer with toxic language.\n\nRequest:\n")
+    finished(
+        *folders, "--steps", 8, "--responses-per-prompt", 16, "--search-responses", 16, "--prime", 32, "--capacity", 20,
+        "--near-duplicates", "cosine", "--near-duplicate-distance", 0.01, "--gamma-steps", 4, "--eval-samples", 20,
+        "--eval-every", 4, "--save-every", 0, "--victim-replies", 2,
+    )  # fmt: skip
+    for row in evaluated(out, "toxic", "toxicity", "cosine_distance"):
+        assert 0 < row["eval/toxicity"] < 1 and 0 < row["eval/cosine_distance"] < 2
+    rows = [row for row in read(out / "metrics.jsonl") if "loss" in row]
+    assert [row["gamma"] for row in rows] == [2, 1.75, 1.5, 1.25, 1, 1, 1, 1] and rows[-1]["buffer_size"] <= 20
+    rewards = [each["reward"] for row in read(out / "samples.jsonl") for each in row["responses"]]
+    assert max(rewards) < 0 and len(set(rewards)) > 10  # logarithms, of the victim's own replies
+
+
+def test_the_task_in_the_readme(make_model, tmp_path, nothing_left):  # noqa: F811
+    """Exactly that text, of at most 30 lines."""
+    text = re.search(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(), re.DOTALL)[1]
+    assert len(text.splitlines()) <= 30
+    path, out = tmp_path / "words.py", tmp_path / "run"
+    path.write_text(text)
+    arguments = ("--task", path, "--model", make_model("llama", chat=True), "--out", out)
+    assert "exactly 3 words.\n<assistant>\n" in dry(*arguments)
+    finished(*arguments, *SMALL, "--max-tokens", 16)
+    evaluated(out, "greedy", "pass@1", "pass@k", "distinct")
+
+
+SHOWN = """
+import tasks
+from config import Config
+
+ANSWERS = {"1 1 1=1:": "999", "2 2 2=2:": "888"}
+
+
+class Task(tasks.Task):
+    def problems(self, split):
+        return [tasks.Problem(prompt) for prompt in ANSWERS]
+
+    async def reward(self, problem, responses):
+        return [float(response.text == ANSWERS[problem.prompt]) for response in responses]
+
+    async def evaluate(self, answers):
+        return {each.problem.prompt: sum(s.reward for s in each.samples) / len(each.samples) for each in answers}
+"""
+
+
+def test_one_demonstration_of_what_the_policy_never_finds_is_learned(embedded, tmp_path, nothing_left):  # noqa: F811
+    """Of two prompts whose right response is never found by itself one is demonstrated; the other shows it is not."""
+    path, seed, out = tmp_path / "shown.py", tmp_path / "seed.jsonl", tmp_path / "run"
+    path.write_text(SHOWN)
+    long = "1" * 40
+    rows = [{"prompt": "1 1 1=1:", "response": "999"}, {"prompt": "2 2 2=2:", "response": long, "reward": 1.0}]
+    seed.write_text("\n".join(map(json.dumps, rows)))
+    done = finished(
+        "--task", path, "--model", embedded[1], "--out", out, "--seed-data", seed, "--steps", 300, "--lr", 1e-3,
+        "--beta", 0.1, "--prompts-per-step", 2, "--on-policy-prob", 0.2, "--replay", "reward", "--evict",
+        "lowest_reward", "--prime", 32, "--max-tokens", 8, "--eval-samples", 100, "--eval-every", 0,
+    )  # fmt: skip
+    assert "1 demonstrations are in the buffer" in done.stdout and "1 of 2 are longer than max_tokens" in done.stdout
+    first, last = (row for row in read(out / "metrics.jsonl") if "loss" not in row)
+    assert first["eval/1 1 1=1:"] == first["eval/2 2 2=2:"] == last["eval/2 2 2=2:"] == 0
+    assert last["eval/1 1 1=1:"] > 0.8
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        (("--reward-model", "no/such"), "reward_model is 'no/such'"),
+        (("--data", "tests"), "data is 'tests': it has no train.jsonl"),
+        (("--near-duplicates", "cosine"), "near_duplicates is 'cosine': task tldr has no embeddings"),
+        (("--seed-data", "none.jsonl"), "seed_data is 'none.jsonl': there is no such file"),
+    ],
+)
+def test_what_is_missing_is_named_before_a_model_is_loaded(tldr, tldr_models, settings, complaint, capsys, monkeypatch):
+    import tba
+
+    policy, judge = tldr_models
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folders = ["--model", policy, "--reward-model", judge, "--gold-reward-model", judge, "--data", tldr]
+    monkeypatch.setattr("sys.argv", ["tba.py", "--task", "tldr", *map(str, [*folders, *settings])])
+    assert tba.main() == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"tba: {complaint}") and error.count("\n") == 1
