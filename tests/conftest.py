@@ -1,7 +1,9 @@
 """Small models and data in the hub's own folder format, made on the spot."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +15,20 @@ def made_up(n: int) -> str:
     question = f"Ann has {n} boxes of {n + 3} pens and gives {n} pens away. How many has she left?"
     answer = f"She had {n}*{n + 3}=<<{n}*{n + 3}={n * (n + 3)}>>{n * (n + 3)} pens.\n#### {n * (n + 2)}"
     return json.dumps({"question": question, "answer": answer})
+
+
+@pytest.fixture
+def main(monkeypatch, capfd):
+    """The command, run in this process, which spares it importing everything: gives its code, output and errors."""
+    import tba
+
+    def run(*arguments) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["tba.py", *map(str, arguments)])
+        capfd.readouterr()
+        code = tba.main()
+        return SimpleNamespace(code=code, **capfd.readouterr()._asdict())
+
+    return run
 
 
 @pytest.fixture(scope="session")

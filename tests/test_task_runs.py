@@ -2,12 +2,11 @@
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.test_run import PROJECT, command, embedded, nothing_left, read  # noqa: F401
+from tests.test_run import PROJECT, embedded, nothing_left, read  # noqa: F401
 
 SMALL = (
     "--steps", 6, "--prompts-per-step", 2, "--responses-per-prompt", 4, "--search-responses", 4, "--prime", 8,
@@ -15,19 +14,29 @@ SMALL = (
 )  # fmt: skip
 
 
-def finished(*arguments) -> subprocess.CompletedProcess:
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
+@pytest.fixture
+def finished(main):
+    """Runs the command to its good end, gives what it printed."""
+
+    def run(*arguments) -> str:
+        done = main(*arguments)
+        assert done.code == 0, done.err
+        assert "Traceback" not in done.err
+        return done.out
+
+    return run
 
 
-def dry(*arguments) -> str:
+@pytest.fixture
+def dry(finished):
     """What --dry-run prints; it makes no folder."""
-    out = finished(*arguments, "--dry-run").stdout
-    settings = json.loads(out[: out.index("\n}\n") + 2])
-    assert not Path(settings["out"] or "no such").exists()
-    return out
+
+    def run(*arguments) -> str:
+        out = finished(*arguments, "--dry-run")
+        assert not Path(json.loads(out[: out.index("\n}\n") + 2])["out"]).exists()
+        return out
+
+    return run
 
 
 def evaluated(out: Path, *names: str) -> list[dict]:
@@ -38,7 +47,7 @@ def evaluated(out: Path, *names: str) -> list[dict]:
     return rows
 
 
-def test_gsm8k(gsm8k, make_model, tmp_path, nothing_left):  # noqa: F811
+def test_gsm8k(gsm8k, make_model, tmp_path, nothing_left, dry, finished):  # noqa: F811
     out = tmp_path / "run"
     folders = ("--task", "gsm8k", "--model", make_model("llama", True), "--data", gsm8k, "--out", out)
     shown = dry(*folders)
@@ -52,12 +61,11 @@ def test_gsm8k(gsm8k, make_model, tmp_path, nothing_left):  # noqa: F811
     assert rows[0]["lr"] < rows[1]["lr"] and rows[-1]["lr"] < rows[3]["lr"]
 
 
-def test_math(make_model, tmp_path, nothing_left):  # noqa: F811
-    """A policy that always answers with a box, so that answers are graded."""
+def test_math(make_model, tmp_path, nothing_left, dry, finished):  # noqa: F811
     data, out = tmp_path / "data", tmp_path / "run"
     data.mkdir()
     for split in ("train", "test"):
-        rows = [{"problem": f"What is {n}+1?", "solution": f"It is $\\boxed{{{n + 1}}}$."} for n in range(20)]
+        rows = [{"problem": f"What is {n}+1?", "solution": f"It is $\\boxed{{{n + 1}}}$."} for n in range(40)]
         (data / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     folders = ("--task", "math", "--model", make_model("llama", chat=True), "--data", data, "--out", out)
     shown = dry(*folders, "--max-tokens", 32)
@@ -67,7 +75,7 @@ def test_math(make_model, tmp_path, nothing_left):  # noqa: F811
     assert read(out / "samples.jsonl")[0]["prompt"].endswith("\n<assistant>\n")
 
 
-def test_tldr(tldr, tldr_models, tmp_path, nothing_left):  # noqa: F811
+def test_tldr(tldr, tldr_models, tmp_path, nothing_left, dry, finished):  # noqa: F811
     policy, judge = tldr_models
     out = tmp_path / "run"
     folders = (
@@ -82,7 +90,7 @@ def test_tldr(tldr, tldr_models, tmp_path, nothing_left):  # noqa: F811
     assert -1.0 in rewards  # cut off
 
 
-def test_redteam(redteam_models, tmp_path, nothing_left):  # noqa: F811
+def test_redteam(redteam_models, tmp_path, nothing_left, dry, finished):  # noqa: F811
     out = tmp_path / "run"
     folders = ["--task", "redteam", "--out", out]
     for name, folder in redteam_models.items():
@@ -101,7 +109,7 @@ def test_redteam(redteam_models, tmp_path, nothing_left):  # noqa: F811
     assert max(rewards) < 0 and len(set(rewards)) > 10  # logarithms, of the victim's own replies
 
 
-def test_the_task_in_the_readme(make_model, tmp_path, nothing_left):  # noqa: F811
+def test_the_task_in_the_readme(make_model, tmp_path, nothing_left, dry, finished):  # noqa: F811
     """Exactly that text, of at most 30 lines."""
     text = re.search(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(), re.DOTALL)[1]
     assert len(text.splitlines()) <= 30
@@ -132,19 +140,20 @@ class Task(tasks.Task):
 """
 
 
-def test_one_demonstration_of_what_the_policy_never_finds_is_learned(embedded, tmp_path, nothing_left):  # noqa: F811
+def test_one_demonstration_of_what_the_policy_never_finds_is_learned(embedded, tmp_path, nothing_left, finished):  # noqa: F811
     """Of two prompts whose right response is never found by itself one is demonstrated; the other shows it is not."""
     path, seed, out = tmp_path / "shown.py", tmp_path / "seed.jsonl", tmp_path / "run"
     path.write_text(SHOWN)
     long = "1" * 40
     rows = [{"prompt": "1 1 1=1:", "response": "999"}, {"prompt": "2 2 2=2:", "response": long, "reward": 1.0}]
     seed.write_text("\n".join(map(json.dumps, rows)))
-    done = finished(
-        "--task", path, "--model", embedded[1], "--out", out, "--seed-data", seed, "--steps", 300, "--lr", 1e-3,
-        "--beta", 0.1, "--prompts-per-step", 2, "--on-policy-prob", 0.2, "--replay", "reward", "--evict",
-        "lowest_reward", "--prime", 32, "--max-tokens", 8, "--eval-samples", 100, "--eval-every", 0,
+    said = finished(
+        "--task", path, "--model", embedded[1], "--out", out, "--seed-data", seed, "--steps", 300, "--lr", 2e-3,
+        "--beta", 0.02, "--prompts-per-step", 2, "--responses-per-prompt", 8, "--on-policy-prob", 0.1, "--capacity", 16,
+        "--replay", "reward", "--evict", "lowest_reward", "--prime", 32, "--max-tokens", 8, "--eval-samples", 100,
+        "--eval-every", 0,
     )  # fmt: skip
-    assert "1 demonstrations are in the buffer" in done.stdout and "1 of 2 are longer than max_tokens" in done.stdout
+    assert "1 demonstrations are in the buffer" in said and "1 of 2 are longer than max_tokens" in said
     first, last = (row for row in read(out / "metrics.jsonl") if "loss" not in row)
     assert first["eval/1 1 1=1:"] == first["eval/2 2 2=2:"] == last["eval/2 2 2=2:"] == 0
     assert last["eval/1 1 1=1:"] > 0.8
@@ -159,13 +168,10 @@ def test_one_demonstration_of_what_the_policy_never_finds_is_learned(embedded, t
         (("--seed-data", "none.jsonl"), "seed_data is 'none.jsonl': there is no such file"),
     ],
 )
-def test_what_is_missing_is_named_before_a_model_is_loaded(tldr, tldr_models, settings, complaint, capsys, monkeypatch):
-    import tba
-
+def test_what_is_missing_is_named_before_a_model_is_loaded(tldr, tldr_models, settings, complaint, main, monkeypatch):
     policy, judge = tldr_models
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    folders = ["--model", policy, "--reward-model", judge, "--gold-reward-model", judge, "--data", tldr]
-    monkeypatch.setattr("sys.argv", ["tba.py", "--task", "tldr", *map(str, [*folders, *settings])])
-    assert tba.main() == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"tba: {complaint}") and error.count("\n") == 1
+    folders = ("--model", policy, "--reward-model", judge, "--gold-reward-model", judge, "--data", tldr)
+    done = main("--task", "tldr", *folders, *settings)
+    assert done.code == 2
+    assert done.err.startswith(f"tba: {complaint}") and done.err.count("\n") == 1
