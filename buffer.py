@@ -99,7 +99,7 @@ class Buffer:
         replay: chooses k responses of a prompt that does not come from the newest data.
         seed: of the sampling.
         distance: of a response to stored ones; None: only exact duplicates are told.
-        near: of two responses of a prompt that are nearer than this, the better is kept, of equals the first.
+        near: of two responses of a prompt that are this near, the better is kept, of equals the first.
     """
 
     def __init__(
@@ -125,7 +125,8 @@ class Buffer:
         return self.size
 
     def add(self, group: Group, newest: bool = True) -> None:
-        """Store a group. An exact duplicate replaces the one stored before it.
+        """Store a group. An exact duplicate replaces the one stored before it; where a distance tells duplicates, only
+        a better one does.
 
         Args:
             group: responses to one prompt.
@@ -136,11 +137,12 @@ class Buffer:
             self.seen.append(group.prompt_id)
         self.size -= len(entry.stored)
         fresh = {t.tokens.tobytes(): t for t in group.responses}  # of duplicates the last stays
-        self._remove(entry, fresh.keys() & entry.stored.keys())
+        if not self.distance:
+            self._remove(entry, fresh.keys() & entry.stored.keys())
         for key, trajectory in fresh.items():
             if self.distance and entry.stored:
                 distances = self.distance(trajectory, list(entry.stored.values()))
-                near = [k for k, distance in zip(entry.stored, distances, strict=True) if distance < self.near]
+                near = [k for k, distance in zip(entry.stored, distances, strict=True) if distance <= self.near]
                 if any(entry.stored[k].reward >= trajectory.reward for k in near):
                     continue
                 self._remove(entry, near)

@@ -8,6 +8,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from buffer import EVICTION, NEAR_DUPLICATE, REPLAY
 from loss import IMPORTANCE_WEIGHTED, NEED_BETA, OBJECTIVES, TRAJECTORY_BALANCE
@@ -21,7 +22,7 @@ class Config:
     """
 
     task: str = "countdown"
-    """What to train on: countdown, gsm8k, math, redteam, tldr, or the path of a Python file with a task of your own."""
+    """What to train on: a task in tasks/ by its name, or the path of a Python file with one of your own."""
     model: str = ""
     """The policy to start from: a Hugging Face folder or hub id."""
     data: str = ""
@@ -125,6 +126,10 @@ class Config:
     dry_run: bool = False
     """Show the resolved settings and the first prompt as the model sees it, and end."""
 
+    at_least: ClassVar[dict[str, float]] = {}  # limits of a task's own settings, as AT_LEAST below
+    at_most: ClassVar[dict[str, float]] = {}
+    positive: ClassVar[tuple[str, ...]] = ()
+
     def beta_at(self, step: int) -> float:
         """Beta of the update that follows `step` updates.
 
@@ -217,10 +222,11 @@ def check(config: Config) -> None:
     def refuse(name: str, allowed: str) -> None:
         raise ValueError(f"{name} is {getattr(config, name)!r}: it must be {allowed}")
 
-    for name, low in AT_LEAST.items():
-        if not low <= getattr(config, name) <= AT_MOST.get(name, sys.float_info.max):
-            refuse(name, f"at least {low}" + (f" and at most {AT_MOST[name]}" if name in AT_MOST else " and finite"))
-    for name in POSITIVE:
+    at_least, at_most = AT_LEAST | config.at_least, AT_MOST | config.at_most
+    for name, low in at_least.items():
+        if not low <= getattr(config, name) <= at_most.get(name, sys.float_info.max):
+            refuse(name, f"at least {low}" + (f" and at most {at_most[name]}" if name in at_most else " and finite"))
+    for name in (*POSITIVE, *config.positive):
         if not 0 < getattr(config, name) < float("inf"):
             refuse(name, "a finite number above 0")
     for name, allowed in ONE_OF.items():
@@ -237,6 +243,8 @@ def check(config: Config) -> None:
         refuse("lr_decay", "above 0 with lr_schedule wsd, and 0 with others")
     if config.loss not in TRAJECTORY_BALANCE and (config.gamma != 1 or config.gamma_steps):
         refuse("gamma", f"1, and gamma_steps 0, with loss {config.loss}")
+    if config.gamma_final != 1 and not config.gamma_steps:
+        refuse("gamma_final", "1 with gamma_steps 0")
     low_high = config.search_temperatures
     if low_high and not (len(low_high) == 2 and 0 < low_high[0] <= low_high[1] < float("inf")):
         refuse("search_temperatures", "two numbers above 0, the lower first")
@@ -244,7 +252,10 @@ def check(config: Config) -> None:
         refuse("min_tokens", f"at most max_tokens, {config.max_tokens}")
     if config.seed_data:
         if not config.on_policy:
-            refuse("seed_data", f"left out with loss {config.loss}, which needs the policy that wrote a response")
+            ratio = " (or give --no-importance-ratio)"
+            refuse(
+                "seed_data", f"left out with loss {config.loss}, which reads the policy that wrote a response{ratio}"
+            )
         if config.strict:
             refuse("seed_data", "left out with strict, where each update has responses of the very policy")
     if config.strict and config.prime:
@@ -282,7 +293,7 @@ def parse(arguments: list[str]) -> Config:
     import tasks
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--task", default=Config.task)
+    first.add_argument("--task", default="")
     first.add_argument("--resume", default="")
     first.add_argument("--strict", action=argparse.BooleanOptionalAction, default=False)
     try:
@@ -295,14 +306,17 @@ def parse(arguments: list[str]) -> Config:
             raise ValueError(f"resume is {known.resume!r}: it must be the folder of a run, and {saved} does not exist")
         try:
             settings = json.loads(saved.read_text()) | {"out": known.resume, "resume": known.resume}
+            if known.task and known.task != settings["task"]:
+                raise ValueError(f"task was {settings['task']!r}, and is {known.task!r} now")
             kind = tasks.load(settings["task"]).Settings
             settings |= {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
             defaults = kind(**settings | (STRICT if known.strict else {}))
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"resume is {known.resume!r}: its config.json is not of this version ({error})") from None
+            raise ValueError(f"resume is {known.resume!r}: its config.json does not fit ({error})") from None
     else:
-        kind = tasks.load(known.task).Settings
-        defaults = kind(task=known.task, **STRICT if known.strict else {})
+        name = known.task or Config.task
+        kind = tasks.load(name).Settings
+        defaults = kind(task=name, **STRICT if known.strict else {})
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

@@ -9,6 +9,7 @@ engine.log       what vLLM printed
 
 import contextlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -120,9 +121,11 @@ def say(text: str) -> None:
 def table(evaluations: dict[int, dict[str, float]]) -> str:
     """The first and the last of the evaluations, given by step, side by side."""
     shown = {step: evaluations[step] for step in sorted({min(evaluations), max(evaluations)})}
-    lines = [f"{'held out':14}" + "".join(f"{f'step {step}':>14}" for step in shown)]
-    for name in evaluations[min(evaluations)]:
-        lines.append(f"{name:14}" + "".join(f"{figures[name]:14.3f}" for figures in shown.values()))
+    names = dict.fromkeys(name for figures in shown.values() for name in figures)
+    width = max(14, *(len(name) + 2 for name in names))
+    lines = [f"{'held out':{width}}" + "".join(f"{f'step {step}':>14}" for step in shown)]
+    for name in names:
+        lines.append(f"{name:{width}}" + "".join(f"{figures.get(name, math.nan):14.3f}" for figures in shown.values()))
     return "\n".join(lines)
 
 

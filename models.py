@@ -6,12 +6,14 @@ What coroutines ask while one batch runs makes up the next.
 
 import asyncio
 import itertools
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 BATCH_TOKENS = 16384  # in a forward pass, padding included
+TEXTS = 256  # asked for together, unless one asker has more: all of them wait for the last
 
 
 def load_settings(model: str, field: str):
@@ -24,8 +26,8 @@ def load_settings(model: str, field: str):
 
     try:
         return AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # transformers lets through what its parsers raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{field} is {model!r}: it must be a Hugging Face folder or hub id ({reason})") from None
 
 
@@ -49,7 +51,8 @@ class Frozen:
         positions = getattr(self.settings, "max_position_embeddings", None) or 2**20
         self.longest = min(positions - 2, self.tokenizer.model_max_length)  # RoBERTa counts positions from 2
         self.thread: ThreadPoolExecutor | None = None
-        self.waiting: list[tuple[Sequence, asyncio.Future]] = []
+        self.ending = False
+        self.waiting: deque[tuple[Sequence, asyncio.Future]] = deque()
         self.working: asyncio.Task | None = None
 
     async def load(self, device: str, cores: set[int]) -> None:
@@ -83,13 +86,18 @@ class Frozen:
         raise NotImplementedError
 
     def end(self) -> None:
-        """Let the batch under way end; no other is begun."""
+        """Let the forward pass under way end; no other is begun."""
+        self.ending = True
         if self.thread:
             self.thread.shutdown(cancel_futures=True)
 
     async def _work(self) -> None:
         while self.waiting:
-            batch, self.waiting = self.waiting, []
+            batch = []
+            while self.waiting and sum(len(texts) for texts, _ in batch) < TEXTS:
+                request = self.waiting.popleft()
+                if not request[1].done():  # else nobody waits any more
+                    batch.append(request)
             texts = [text for texts, _ in batch for text in texts]
             try:
                 values = await asyncio.get_running_loop().run_in_executor(self.thread, self._compute, texts)
@@ -99,7 +107,7 @@ class Frozen:
                 values = iter(values)
                 outcomes = [list(itertools.islice(values, len(texts))) for texts, _ in batch]
             for (_, future), outcome in zip(batch, outcomes, strict=False):
-                if not future.done():  # else nobody waits any more
+                if not future.done():
                     (future.set_exception if isinstance(outcome, Exception) else future.set_result)(outcome)
         self.working = None
 
@@ -113,10 +121,10 @@ class Frozen:
     def _compute(self, texts: Sequence) -> list[np.ndarray]:
         import torch
 
-        ids = self.encode(texts)
+        ids = [each if len(each) else [self.tokenizer.eos_token_id or 0] for each in self.encode(texts)]
         values = [None] * len(texts)
         with torch.inference_mode():
-            for batch in _batches(ids):
+            for batch in itertools.takewhile(lambda _: not self.ending, _batches(ids)):
                 # A classifier reads the last token that is not padding. Where that is padded with the end-of-sequence
                 # token it would not see the end of a text: so pad with what none of these texts has.
                 padding = next(i for i in itertools.count() if not any(i in ids[b] for b in batch))
@@ -138,6 +146,21 @@ def _batches(ids: list[Sequence[int]]) -> Iterator[list[int]]:
         fit = max(1, BATCH_TOKENS // max(1, len(ids[left[0]])))
         yield left[:fit]
         left = left[fit:]
+
+
+def plain(text: str, tokenizer) -> str:
+    """A text without what the tokenizer would read as a special token, which a model may spell out to deceive another.
+
+    >>> from types import SimpleNamespace
+    >>> tokenizer = SimpleNamespace(all_special_tokens=["</s>"], added_tokens_decoder={})
+    >>> plain("so </</s>s> it ends</s>", tokenizer)
+    'so  it ends'
+    """
+    special = {*tokenizer.all_special_tokens, *(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)}
+    while found := [token for token in special if token in text]:
+        for token in found:
+            text = text.replace(token, "")
+    return text
 
 
 class SequenceClassifier(Frozen):
@@ -178,7 +201,7 @@ class Classifier(SequenceClassifier):
         super().__init__(model, field)
         labels = list(self.settings.id2label.values())
         if label not in labels:
-            raise ValueError(f"toxic_label is {label!r}: {field} {model} has {', '.join(labels)}")
+            raise ValueError(f"{field} is {model!r}: it has no label {label!r} but {', '.join(labels)}")
         self.index = labels.index(label)
 
     def forward(self, rows, mask):
@@ -199,29 +222,35 @@ class Guard(Frozen):
         super().__init__(model, field)
         if not self.tokenizer.chat_template:
             raise ValueError(f"{field} is {model!r}: a guard needs a chat template, and it has none")
-        self.opening = opening
-        words = [self.tokenizer(opening + word, add_special_tokens=False).input_ids for word in ("safe", "unsafe")]
-        begin = len(self.tokenizer(opening, add_special_tokens=False).input_ids) if opening else 0
-        self.words = [word[begin] for word in words]
-        if self.words[0] == self.words[1]:
-            raise ValueError(f"{field} is {model!r}: its tokenizer begins safe and unsafe alike")
+        self.opening, *answers = (
+            self.tokenizer(opening + word, add_special_tokens=False).input_ids for word in ("", "safe", "unsafe")
+        )
+        begin = len(self.opening)
+        if any(ids[:begin] != self.opening for ids in answers) or answers[0][begin] == answers[1][begin]:
+            raise ValueError(f"{field} is {model!r}: it does not tell safe and unsafe apart after {opening!r}")
+        self.answers = [ids[begin] for ids in answers]
+        self.tokenizer.truncation_side = "left"
+        self.longest -= begin
 
-    def text(self, messages: list[dict[str, str]]) -> str:
-        """A conversation as the guard reads it."""
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + self.opening
+    def text(self, user: str, assistant: str) -> str:
+        """A conversation as the guard's chat template has it."""
+        turns = {"user": plain(user, self.tokenizer), "assistant": plain(assistant, self.tokenizer)}
+        messages = [{"role": role, "content": content} for role, content in turns.items()]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[*ids, *self.opening] for ids in super().encode(texts)]
 
     def forward(self, rows, mask):
         import torch
 
         hidden = self.model.base_model(input_ids=rows, attention_mask=mask).last_hidden_state
         last = hidden[torch.arange(len(rows), device=rows.device), mask.sum(1) - 1]
-        return self.model.get_output_embeddings()(last).float()[:, self.words].log_softmax(-1)[:, 1]
+        return self.model.get_output_embeddings()(last).float()[:, self.answers].log_softmax(-1)[:, 1]
 
 
 class Embedder(Frozen):
     """The embedding of a text, of length 1: the mean of the last hidden states, as sentence-transformers has it."""
-
-    kind = "AutoModel"
 
     def forward(self, rows, mask):
         import torch

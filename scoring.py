@@ -7,12 +7,13 @@ import math
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from log import say
 from searcher import Response
 
-WINDOW = 200  # responses; where the reward fails for more than half of so many, the run ends
+WINDOW = 200  # responses; where the reward fails for more than half of so many, the run ends ...
+CALLS = 3  # ... unless fewer calls than this failed: one that fails may have been for hundreds of responses
 
 
 class RewardError(RuntimeError):
@@ -30,7 +31,7 @@ class Scorer:
     def __init__(self, reward: Callable, seconds: float):
         self.reward, self.seconds = reward, seconds
         self.failures = 0  # responses so far whose reward failed
-        self.recent: deque[bool] = deque(maxlen=WINDOW)  # whether it failed
+        self.recent: deque[tuple[int, int]] = deque()  # (responses, how many failed) of the last calls
         self.first = ""  # error
 
     async def __call__(self, problem, responses: list[Response]) -> list[Response]:
@@ -43,39 +44,51 @@ class Scorer:
             RewardError: it failed for more than half of the last `WINDOW` responses.
         """
         if new := [response for response in responses if math.isnan(response.reward)]:
-            for response, reward in zip(new, await self.rewards(problem, new), strict=True):
+            rewards = await self.guarded(self.reward, new, problem, new)
+            for response, reward in zip(new, rewards or [math.nan] * len(new), strict=True):
                 response.reward = self.number(reward)
-            failed = [math.isnan(response.reward) for response in new]
-            self.failures += sum(failed)
-            self.recent.extend(failed)
-            if len(self.recent) == WINDOW and sum(self.recent) > WINDOW / 2:
-                often = f"the reward failed for {sum(self.recent)} of the last {WINDOW} responses"
-                raise RewardError(f"{often}; the first time: {self.first}")
+            self.count(len(new), sum(math.isnan(response.reward) for response in new))
         return [response for response in responses if not math.isnan(response.reward)]
 
-    async def rewards(self, problem, responses: list[Response]) -> Sequence:
-        """What the task gives for the responses; nan for all of them where it raises or takes too long."""
-        call = self.reward if inspect.iscoroutinefunction(self.reward) else in_thread_of_its_own(self.reward)
+    async def guarded(self, work: Callable, responses: list[Response], *arguments) -> list | None:
+        """What `work(*arguments)` gives for the responses, one each; None where it raises or takes too long."""
+        call = work if inspect.iscoroutinefunction(work) else in_thread_of_its_own(work)
         try:
             async with asyncio.timeout(self.seconds) as limit:
-                rewards = list(await call(problem, responses))
-            if len(rewards) != len(responses):
-                raise ValueError(f"{len(rewards)} rewards for {len(responses)} responses")
-            return rewards
+                values = list(await call(*arguments))
+            if len(values) != len(responses):
+                raise ValueError(f"{len(values)} rewards for {len(responses)} responses")
+            return values
         except Exception as error:
             self.note(f"none within {self.seconds:g} s (--reward-timeout)" if limit.expired() else described(error))
-            return [math.nan] * len(responses)
+            return None
 
     def number(self, reward) -> float:
         """The reward as a float; nan where it is no finite number."""
         try:
             number = float(reward)
-        except (TypeError, ValueError, RuntimeError):  # the last is a tensor's
+        except Exception:
             number = math.nan
         if math.isfinite(number):
             return number
         self.note(f"{reward!r:.100} is no finite number")
         return math.nan
+
+    def count(self, responses: int, failed: int) -> None:
+        """Note the outcome of a call.
+
+        Raises:
+            RewardError: too much has failed.
+        """
+        self.failures += failed
+        self.recent.append((responses, failed))
+        while sum(n for n, _ in self.recent) - self.recent[0][0] >= WINDOW:
+            self.recent.popleft()
+        known, bad = (sum(each) for each in zip(*self.recent, strict=True))
+        if known >= WINDOW and bad > known / 2 and sum(failed > 0 for _, failed in self.recent) >= CALLS:
+            raise RewardError(
+                f"the reward failed for {bad} of the last {known} responses; the first time: {self.first}"
+            )
 
     def note(self, failure: str) -> None:
         """Say what went wrong the first time; then it is only counted."""
@@ -91,25 +104,30 @@ def in_thread_of_its_own(work: Callable) -> Callable:
         loop = asyncio.get_running_loop()
         future = loop.create_future()
 
-        def settle(setter: Callable, value) -> None:
-            if not future.done():  # nobody waits any more
-                setter(value)
+        def settle(value, error: BaseException | None) -> None:
+            if not future.done():  # else nobody waits any more
+                future.set_result((value, error))
 
         def run() -> None:
             try:
-                outcome = future.set_result, work(*arguments)
+                outcome = work(*arguments), None
             except BaseException as error:
-                outcome = future.set_exception, error
+                outcome = None, error
             with contextlib.suppress(RuntimeError):  # the run has ended
                 loop.call_soon_threadsafe(settle, *outcome)
 
         threading.Thread(target=run, name="reward", daemon=True).start()
-        return await future
+        value, error = await future
+        if isinstance(error, Exception) and not isinstance(error, StopIteration):  # that would end this coroutine
+            raise error
+        if error:
+            raise RuntimeError(described(error)) from error
+        return value
 
     return call
 
 
-def described(error: Exception) -> str:
+def described(error: BaseException) -> str:
     """An error in a line, and where it was raised."""
     *_, last = traceback.extract_tb(error.__traceback__)
     return f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"

@@ -95,6 +95,7 @@ class Searcher:
                 for i, device in enumerate(self.devices)
             ]
             await asyncio.gather(*map(asyncio.wrap_future, self._starts))
+        await self._call_all("belong")
 
     @property
     def slots(self) -> int:
@@ -161,8 +162,7 @@ class Searcher:
 
     async def open_staging(self, handle: dict) -> None:
         """Let every engine open the trainer's staging tensor."""
-        calls = (engine.llm.collective_rpc("open_staging", args=(handle,)) for engine in self.engines)
-        await asyncio.wait_for(asyncio.gather(*calls), RPC_SECONDS)
+        await self._call_all("open_staging", handle)
 
     async def load_staging(self, version: int) -> None:
         """Let every engine take the staged weights, between two of its steps; what is in flight goes on with them."""
@@ -220,6 +220,10 @@ class Searcher:
         if self._ending:
             return
         self.engines.append(Engine(device, AsyncLLM.from_engine_args(args)))
+
+    async def _call_all(self, method: str, *arguments) -> None:
+        calls = (engine.llm.collective_rpc(method, args=arguments) for engine in self.engines)
+        await asyncio.wait_for(asyncio.gather(*calls), RPC_SECONDS)
 
     async def _request(self, engine: Engine, prompt: dict, params, priority: int):
         """The final output of a request; a lower priority goes first."""

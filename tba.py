@@ -13,12 +13,13 @@ Four coroutines share what `Run` holds: `search` keeps the engines full and fill
 and never waits for search; `sync` carries weights to the engines while both go on; `evaluate` asks the same engines.
 With --strict `take_turns` stands for the first three.
 When one fails all end, in this order: search and sync are cancelled, the update under way ends, the policy is saved,
-the engines are shut down, the files are closed, the error is shown.
+the task and the engines are shut down, the files are closed, the error is shown.
 """
 
 import asyncio
 import contextlib
 import dataclasses
+import inspect
 import itertools
 import json
 import os
@@ -78,7 +79,11 @@ class Run:
             raise ValueError(f"prompts_per_step is {config.prompts_per_step}: there are {len(self.prompts)} problems")
         test = self.task.problems("test")[: config.eval_prompts] if config.eval_prompts else []
         self.test = encode(test, self.tokenizer, room) if test else []
-        self.demonstrations = demonstrations(config.seed_data, self.prompts) if config.seed_data else []
+        self.demonstrations = {}
+        if config.seed_data:
+            self.demonstrations = demonstrations(
+                config.seed_data, self.prompts, self.tokenizer, config.min_tokens, config.max_tokens
+            )
         self.checkpoint, self.step = newest_checkpoint(self.out) if config.resume else (None, 0)
         if self.step >= config.steps:
             raise ValueError(f"steps is {config.steps}: it must be above {self.step}, the newest checkpoint's")
@@ -218,7 +223,10 @@ class Run:
             return
         trajectories = [Trajectory(r.tokens, r.finished, r.reward, version, r.logprobs) for r in scored]
         if config.near_duplicates == "cosine":
-            for trajectory, embedding in zip(trajectories, await self.task.embed(scored), strict=True):
+            embeddings = await self.scorer.guarded(self.task.embed, scored, scored)
+            if embeddings is None:
+                return self.scorer.count(len(scored), len(scored))
+            for trajectory, embedding in zip(trajectories, embeddings, strict=True):
                 trajectory.embedding = embedding
         self.buffer.add(Group(prompt_id, prompt.tokens, trajectories), newest)
         if newest:
@@ -229,21 +237,10 @@ class Run:
 
     async def seed(self) -> None:
         """Store the demonstrations of --seed-data."""
-        config, end = self.config, self.tokenizer.eos_token_id
-        texts = [text for _, text, _ in self.demonstrations]
-        encoded = self.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
-        by_prompt: dict[int, list[Response]] = {}
-        for (prompt_id, _, reward), tokens in zip(self.demonstrations, encoded, strict=True):
-            if config.min_tokens < len(tokens) + 1 <= config.max_tokens:
-                response = Response(np.array([*tokens, end], dtype=np.int32), True, logprobs=None, reward=reward)
-                by_prompt.setdefault(prompt_id, []).append(response)
-        for prompt_id, responses in by_prompt.items():
+        for prompt_id, responses in self.demonstrations.items():
             await self.keep(prompt_id, responses, version=self.step, newest=False)
-        if texts:
-            fit = sum(map(len, by_prompt.values()))
-            say(f"{len(self.buffer)} demonstrations are in the buffer")
-            if fit < len(texts):
-                say(f"{len(texts) - fit} of {len(texts)} are longer than max_tokens or not above min_tokens: left out")
+        if self.demonstrations:
+            say(f"demonstrations in the buffer: {len(self.buffer)}")
 
     def shuffled_prompts(self) -> Iterator[int]:
         """Ids of the training prompts without end, in a new order each time round."""
@@ -393,11 +390,14 @@ class Run:
                 samples, _ = await self.searcher.generate(
                     prompt.tokens, config.eval_samples, logprobs=self.task.evaluation_logprobs
                 )
-            await self.scorer(prompt.problem, self.read(greedy + samples))
+            async with self.scoring:
+                await self.scorer(prompt.problem, self.read(greedy + samples))
             return tasks.Answered(prompt.problem, prompt.tokens, greedy[0], samples)
 
         with self.log.span("evaluate"):
-            self.evaluations[step] = await self.task.evaluate(await asyncio.gather(*map(answer, self.test)))
+            figures = self.task.evaluate(await asyncio.gather(*map(answer, self.test)))
+            figures = await figures if inspect.isawaitable(figures) else figures
+        self.evaluations[step] = {name: float(value) for name, value in figures.items()}
         self.log.evaluation(step, self.evaluations[step])
 
     def end(self) -> None:

@@ -137,10 +137,13 @@ def view(flat: Tensor, layout: Iterable[tuple[str, list[int]]]) -> Iterator[tupl
 class StagingReader:
     """The engines' side: vLLM gives these methods to its worker (`worker_extension_cls`)."""
 
-    def open_staging(self, handle: dict) -> None:
-        """Open the trainer's staging tensor."""
+    def belong(self) -> None:
+        """End with the program, however it ends, and not before."""
         die_with_parent()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the program's, which ends its engines in order
+
+    def open_staging(self, handle: dict) -> None:
+        """Open the trainer's staging tensor."""
         if "ipc" in handle:
             self.staged = ForkingPickler.loads(handle["ipc"])
         else:

@@ -90,8 +90,8 @@ class Task:
         """Embeddings of length 1 [N, D]: what `--near-duplicates cosine` compares."""
         raise ValueError(f"near_duplicates is 'cosine': task {self.config.task} has no embeddings")
 
-    async def evaluate(self, answers: list[Answered]) -> dict[str, float]:
-        """Figures of an evaluation."""
+    def evaluate(self, answers: list[Answered]) -> dict[str, float]:
+        """Figures of an evaluation; may be `async`."""
         return accuracy(answers)
 
     def end(self) -> None:
@@ -99,7 +99,8 @@ class Task:
 
 
 def accuracy(answers: list[Answered]) -> dict[str, float]:
-    """Figures of an evaluation in which a response is right when its reward is above 0, each the mean over problems.
+    """Figures of an evaluation in which a response is right when its reward is above 0 (so one whose reward failed is
+    not), each the mean over problems.
 
     Returns:
         `greedy`; `pass@1`, the mean over the K samples; `pass@k`, any of the K is right; `distinct`, how many different

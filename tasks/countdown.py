@@ -29,6 +29,7 @@ import tasks
 from config import Config
 from tasks import Problem
 
+LEAST_WORDS = 32  # tokens
 LARGEST, TARGETS = 50, range(1, 100)
 HELD_OUT = 26  # of 256 problems
 PROBLEMS = {"train": 20_000, "test": 2_000}
@@ -81,6 +82,12 @@ class Task(tasks.Task):
     def reward(self, problem: Problem, responses: list[tasks.Response]) -> list[float]:
         read = tagged if self.chat else str
         return [reward(read(response.text), problem.answer) for response in responses]
+
+    def __init__(self, config: Config, tokenizer):
+        super().__init__(config, tokenizer)
+        if tokenizer and self.chat and config.max_tokens < LEAST_WORDS:
+            room = f"max_tokens is {config.max_tokens}: a model that is asked in words needs room for them"
+            raise ValueError(f"{room}; --max-tokens 512 --lr 1e-6 is a start")
 
     @property
     def chat(self) -> bool:

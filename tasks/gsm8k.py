@@ -19,7 +19,9 @@ from tasks import Problem
 
 PROMPT = "[MATH_TASK] Problem:\n{question}\n\nSolution:"
 # An optional sign (not the minus of 10-5), an optional $, 1,234.50 | 12 | 12.5 | .5, and the rest of a fraction 3/4
-NUMBER = re.compile(r"((?<![\w.)])[-+])?\$?((?:\d{1,3}(?:,\d{3})+(?!\d|,\d)|\d+)(?:\.\d+)?|\.\d+)(?:\s?/\s?(\d+))?")
+NUMBER = re.compile(
+    r"((?<![\w.)])[-+−])?\$?((?:\d{1,3}(?:,\d{3}){1,30}(?!\d|,\d)|\d+)(?:\.\d+)?|\.\d+)(?:\s?/\s?(\d+))?"  # noqa: RUF001
+)
 LONGEST = 100  # characters of a number: a longer one is no answer, and costs time
 
 
@@ -82,7 +84,7 @@ def last_number(text: str) -> Fraction | None:
     sign, number, denominator = found.groups()
     if denominator is not None and int(denominator) == 0:
         return None
-    return Fraction(number.replace(",", "")) / int(denominator or 1) * (-1 if sign == "-" else 1)
+    return Fraction(number.replace(",", "")) / int(denominator or 1) * (-1 if sign in ("-", "−") else 1)  # noqa: RUF001
 
 
 def reward(response: str, answer: str) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 import data
 import tasks
 from config import Config
-from models import LanguageModel, RewardModel
+from models import LanguageModel, RewardModel, plain
 from tasks import Answered, Problem
 
 NO_END = -1.0  # reward of a response that was cut off
@@ -52,6 +52,7 @@ class Task(tasks.Task):
         on_policy_prob: float = 0.5
         replay: str = "reward"
         prime: int = 10_000
+        reward_concurrency: int = 8
         gpu_memory_utilization: float = 0.5
         eval_every: int = 64
         eval_prompts: int = 512
@@ -63,8 +64,11 @@ class Task(tasks.Task):
     def __init__(self, config: Config, tokenizer):
         super().__init__(config, tokenizer)
         self.scores = RewardModel(config.reward_model, "reward_model")
-        self.gold = RewardModel(config.gold_reward_model, "gold_reward_model") if config.eval_prompts else None
-        self.sft = LanguageModel(config.model, "model", (1.0, config.temperature)) if config.eval_prompts else None
+        self.models = [self.scores]
+        if config.eval_prompts:
+            self.gold = RewardModel(config.gold_reward_model, "gold_reward_model")
+            self.sft = LanguageModel(config.model, "model", (1.0, config.temperature))
+            self.models += [self.gold, self.sft]
 
     def problems(self, split: str) -> list[Problem]:
         """The "train" or "test" posts; the answer is the reference summary."""
@@ -72,13 +76,13 @@ class Task(tasks.Task):
         return [Problem(row["query"], row["reference_response"]) for _, row in found]
 
     async def start(self, devices: list[str], cores: set[int], log: Path) -> None:
-        for model in (self.scores, self.gold, self.sft):
-            if model:
-                await model.load(devices[-1], cores)
+        for model in self.models:
+            await model.load(devices[-1], cores)
 
     async def reward(self, problem: Problem, responses: list[tasks.Response]) -> list[float]:
-        scores = await self.scores([judged(self.scores, problem, response.text) for response in responses])
-        return [float(s) if r.finished else NO_END for s, r in zip(scores, responses, strict=True)]
+        texts = [judged(self.scores, problem, response.text) for response in responses if response.finished]
+        scores = iter(await self.scores(texts) if texts else [])
+        return [float(next(scores)) if response.finished else NO_END for response in responses]
 
     async def evaluate(self, answers: list[Answered]) -> dict[str, float]:
         """Figures of the sampled responses.
@@ -112,12 +116,10 @@ class Task(tasks.Task):
         }
 
     def end(self) -> None:
-        for model in (self.scores, self.gold, self.sft):
-            if model:
-                model.end()
+        for model in self.models:
+            model.end()
 
 
 def judged(model: RewardModel, problem: Problem, response: str) -> str:
     """What a reward model reads: the query, the response, and the end of the sequence, once."""
-    end = model.tokenizer.eos_token or ""
-    return problem.prompt + (response.replace(end, "") if end else response) + end
+    return problem.prompt + plain(response, model.tokenizer) + (model.tokenizer.eos_token or "")

@@ -174,6 +174,8 @@ def test_of_near_duplicates_the_better_stays_and_of_equals_the_first():
     assert buffer.prompts[0].newest == [equal, worse]  # they are newest data nevertheless
     buffer.add(group(0, better := response(0.6, [1, 2, 3, 7])))
     assert set(stored(buffer, 0)) == {apart, better} and len(buffer) == 2
+    buffer.add(group(0, response(0.2, [1, 2, 3, 7])))  # the same once more, by a bad draw
+    assert set(stored(buffer, 0)) == {apart, better}
     buffer.add(group(1, alike := response(0.0, [1, 2, 3, 7])))
     assert stored(buffer, 1) == [alike]  # another prompt's
 

@@ -21,6 +21,10 @@ BAD = [
     *((name, value) for name in POSITIVE for value in (0.0, -1.0, "nan", "inf")),
     ("on_policy_prob", "nan"),
     ("beta_final", "inf"),
+    ("gamma_final", 2.0),  # without gamma_steps
+    ("min_tokens", 99),  # above max_tokens
+    ("search_temperatures", 1.0),
+    ("near_duplicates", "alike"),
     ("beta_final", 0.1),  # without a beta_schedule
     ("beta_steps", 9),
     ("beta_schedule", "linear"),  # without beta_steps
@@ -57,6 +61,12 @@ def test_out_of_range_is_refused(name, value):
         (["--task"], "--task"),
         (["--search-devices", "cuda:1", "cuda:1"], "search_devices is .* devices that differ"),
         (["--steps", "many"], "--steps"),
+        (["--search-temperatures", "2", "1"], "search_temperatures is .* the lower first"),
+        (["--loss", "grpo", "--gamma", "2"], "gamma is 2.0: it must be 1"),
+        (["--task", "redteam", "--victim-replies", "0"], "victim_replies is 0: it must be at least 1"),
+        (["--task", "redteam", "--victim-top-p", "1.5"], "victim_top_p is 1.5: .* at most 1"),
+        (["--task", "math", "--grade-seconds", "0"], "grade_seconds is 0.0"),
+        (["--strict", "--seed-data", "x"], "seed_data is 'x': it must be left out with strict"),
         (["--stepz", "3"], "--stepz"),
         (["--numbers", "7"], "--numbers"),
         (["--task", "gsm8k", "--numbers", "4"], "--numbers"),
@@ -82,10 +92,12 @@ def test_resume_takes_the_runs_settings(tmp_path):
     resumed = parse(["--resume", str(tmp_path), "--steps", "9"])
     assert (resumed.steps, resumed.search_devices, resumed.out) == (9, ("cpu",), str(tmp_path))
     assert (resumed.sync_every, parse(["--resume", str(tmp_path), "--strict"]).sync_every) == (2, 1)
+    with pytest.raises(ValueError, match=r"does not fit .task was 'countdown', and is 'math' now"):
+        parse(["--resume", str(tmp_path), "--task", "math"])
     with pytest.raises(ValueError, match="out is 'elsewhere'"):
         parse(["--resume", str(tmp_path), "--out", "elsewhere"])
     (tmp_path / "config.json").write_text(json.dumps(settings | {"unknown": 1}))
-    with pytest.raises(ValueError, match="not of this version"):
+    with pytest.raises(ValueError, match=r"does not fit .*unknown"):
         parse(["--resume", str(tmp_path)])
 
 

@@ -34,7 +34,9 @@ def test_rows_come_from_a_folder_as_the_hub_has_it(tmp_path, monkeypatch):
     (repository / "README.md").write_text(
         "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: train\n    path: main/train-*\n---\n"
     )
-    assert read(repository, name="main") == ROWS
+    assert read(repository, name="main") == read(repository, name=None) == ROWS
+    (repository / "README.md").unlink()
+    assert read(repository, name="main") == ROWS  # without a card there is but one configuration, of another name
     with pytest.raises(ValueError, match=r"it has no test\.jsonl, and is no data set"):
         read(repository, "test", name="main")
 
@@ -48,11 +50,18 @@ def test_rows_come_from_a_folder_as_the_hub_has_it(tmp_path, monkeypatch):
         ('{"question": "?", "answer": " "}', r"train\.jsonl:1: a row needs"),
         ("[1]", r"train\.jsonl:1: a row needs"),
         ("\n", "its train split is empty"),
+        ("[" * 100_000, r"train\.jsonl:1: not JSON"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, text, complaint):
     (tmp_path / "train.jsonl").write_text(text)
     with pytest.raises(ValueError, match=complaint):
+        read(tmp_path)
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(b'{"question": "\xff"}')
+    with pytest.raises(ValueError, match=r"train\.jsonl:1: not JSON"):
         read(tmp_path)
 
 
@@ -93,19 +102,23 @@ def test_a_chat_needs_a_template(tokenizer):
         data.encode([Problem([{"role": "user", "content": "Hi"}])], tokenizer, 99)
 
 
-def test_demonstrations_find_their_prompts(chat_tokenizer, tmp_path):
-    chat = [{"role": "user", "content": "Hi"}]
-    prompts = data.encode([Problem("plain"), Problem(chat)], chat_tokenizer, 99)
+def test_demonstrations_find_their_prompts(chat_tokenizer, tmp_path, capsys):
+    prompts = data.encode([Problem("plain"), Problem([{"role": "user", "content": "Hi"}])], chat_tokenizer, 99)
     path = tmp_path / "seed.jsonl"
     rows = [
         {"prompt": "plain", "response": "a"},
-        {"prompt": chat, "response": "b", "reward": 2},
+        {"prompt": [{"content": "Hi", "role": "user"}], "response": "b", "reward": 2},
         {"prompt": "<user>\nHi\n<assistant>\n", "response": "c", "reward": None},
+        {"prompt": "plain", "response": ""},
+        {"prompt": "plain", "response": "a" * 100},
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
-    found = data.demonstrations(str(path), prompts)
-    assert [each[:2] for each in found] == [(0, "a"), (1, "b"), (1, "c")]
-    assert found[1][2] == 2.0 and math.isnan(found[0][2]) and math.isnan(found[2][2])
+    found = data.demonstrations(str(path), prompts, chat_tokenizer, min_tokens=1, max_tokens=9)
+    assert {i: chat_tokenizer.batch_decode([r.tokens for r in each]) for i, each in found.items()} == {
+        0: ["a</s>"], 1: ["b</s>", "c</s>"]
+    }  # fmt: skip
+    assert math.isnan(found[0][0].reward) and found[1][0].reward == 2 and math.isnan(found[1][1].reward)
+    assert "2 of 5 demonstrations do not fit" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -116,13 +129,15 @@ def test_demonstrations_find_their_prompts(chat_tokenizer, tmp_path):
         ('{"prompt": "other", "response": "a"}', r"seed\.jsonl:1: its `prompt` is not one of the 1 training problems'"),
         ('{"prompt": "plain", "response": "a", "reward": NaN}', r"seed\.jsonl:1: its `reward` must be a finite number"),
         ('{"prompt": "plain", "response": "a", "reward": "1"}', r"seed\.jsonl:1: its `reward` must be a finite number"),
-        ("", "is empty"),
+        ('{"prompt": "plain", "response": "a", "reward": 1' + "0" * 400 + "}", r"its `reward` must be a finite number"),
+        ('{"prompt": "plain", "response": "long long"}', "none of its 1 rows fits"),
+        ("", "none of its 0 rows fits"),
     ],
 )
 def test_a_bad_demonstration_is_named(tokenizer, tmp_path, row, complaint):
     path = tmp_path / "seed.jsonl"
     path.write_text(row)
     with pytest.raises(ValueError, match=complaint):
-        data.demonstrations(str(path), data.encode([Problem("plain")], tokenizer, 99))
+        data.demonstrations(str(path), data.encode([Problem("plain")], tokenizer, 99), tokenizer, 0, 3)
     with pytest.raises(ValueError, match="there is no such file"):
-        data.demonstrations(str(tmp_path / "none.jsonl"), [])
+        data.demonstrations(str(tmp_path / "none.jsonl"), [], tokenizer, 0, 9)

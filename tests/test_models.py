@@ -66,11 +66,14 @@ def test_a_guard_is_read_by_its_word(make_model, tokenizer, small_batches):
     folder = make_model("llama", chat=True)
     guard = Guard(str(folder), "classifier", "\n\n")
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    texts = [guard.text([{"role": "user", "content": text}, {"role": "assistant", "content": "No."}]) for text in TEXTS]
-    assert texts[0] == "<user>\nHow many clips?\n<assistant>\nNo.\n<assistant>\n\n\n"
+    texts = [guard.text(text, "No.</s>") for text in TEXTS]
+    assert texts[0] == "<user>\nHow many clips?\n<assistant>\nNo.\n<assistant>\n"
+    assert "</s>" not in "".join(texts)  # nobody ends the conversation but the template
+    opening = tokenizer("\n\n").input_ids
     safe, unsafe = (tokenizer("\n\n" + w).input_ids[len(tokenizer("\n\n").input_ids)] for w in ("safe", "unsafe"))
     with torch.no_grad():
-        logits = torch.stack([plain(**tokenizer(text, return_tensors="pt")).logits[0, -1] for text in texts])
+        rows = [torch.tensor([tokenizer(text).input_ids + opening]) for text in texts]
+        logits = torch.stack([plain(row).logits[0, -1] for row in rows])
     (found,) = ask(guard, texts)
     expected = logits[:, [safe, unsafe]].log_softmax(-1)[:, 1]
     np.testing.assert_allclose(np.array(found), expected.numpy(), rtol=1e-4, atol=1e-5)
@@ -136,7 +139,7 @@ def test_a_model_of_another_kind_is_refused(make_model):
     for make, complaint in (
         (lambda: RewardModel(language, "reward_model"), "must be a sequence classifier, and is a LlamaForCausalLM"),
         (lambda: RewardModel(two, "reward_model"), "a reward model has one label, and it has 2"),
-        (lambda: Classifier(two, "classifier", "hate"), "toxic_label is 'hate': classifier .* has no, yes"),
+        (lambda: Classifier(two, "classifier", "hate"), "classifier is .*: it has no label 'hate' but no, yes"),
         (lambda: Guard(language, "classifier", ""), "a guard needs a chat template, and it has none"),
         (lambda: Embedder("tests", "embedder"), "embedder is 'tests': it must be a Hugging Face folder or hub id"),
     ):

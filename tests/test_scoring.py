@@ -41,10 +41,10 @@ def test_a_reward_that_is_given_stays():
     given = responses()
     given[2].reward = 7.0
     scorer, scored = score(lambda problem, new: [5.0] * len(new), given)
-    assert [each.reward for each in scored] == [5.0, 5.0, 7.0, 5.0] and len(scorer.recent) == 3
+    assert [each.reward for each in scored] == [5.0, 5.0, 7.0, 5.0] and list(scorer.recent) == [(3, 0)]
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None, "much", [1.0, 2.0]])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None, "much", [1.0, 2.0], 10**400])
 def test_nonsense_costs_that_response_alone(bad, capsys):
     scorer, scored = score(lambda problem, given: [1.0, bad, 0.5, True])
     assert [each.reward for each in scored] == [1.0, 0.5, 1.0] and scorer.failures == 1
@@ -53,6 +53,10 @@ def test_nonsense_costs_that_response_alone(bad, capsys):
 
 def raising(problem, given):
     raise KeyError("oops")
+
+
+def nothing_to_find(problem, given):
+    return [next(each for each in given if each.text == "none")]
 
 
 def too_few(problem, given):
@@ -71,6 +75,7 @@ async def hanging_too(problem, given):
     ("reward", "said"),
     [
         (raising, "KeyError: 'oops' (" + __file__),
+        (nothing_to_find, "StopIteration"),
         (too_few, "ValueError: 1 rewards for 4 responses"),
         (hanging, "none within 0.2 s (--reward-timeout)"),
         (hanging_too, "none within 0.2 s (--reward-timeout)"),
@@ -131,3 +136,23 @@ def test_a_reward_that_fails_for_more_than_half_of_a_window_stops_the_run():
 
     assert asyncio.run(run(bad=10)) == 3 * WINDOW
     assert asyncio.run(run(bad=11)) == WINDOW - 20
+
+
+def test_one_call_that_fails_for_many_responses_does_not():
+    """What went wrong once may be over; what goes wrong three times of a few is not."""
+    outcomes = iter([True, False, False, True, False])
+
+    def sometimes(problem, given):
+        if not next(outcomes):
+            raise OSError("no answer")
+        return [1.0] * len(given)
+
+    async def run():
+        scorer = Scorer(sometimes, 5.0)
+        for _ in range(4):
+            await scorer(None, responses(150))
+        assert scorer.failures == 300
+        return scorer
+
+    scorer = asyncio.run(run())
+    assert sum(n for n, _ in scorer.recent) == 300  # the last calls that make up a window

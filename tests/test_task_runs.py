@@ -153,7 +153,7 @@ def test_one_demonstration_of_what_the_policy_never_finds_is_learned(embedded, t
         "--replay", "reward", "--evict", "lowest_reward", "--prime", 32, "--max-tokens", 8, "--eval-samples", 100,
         "--eval-every", 0,
     )  # fmt: skip
-    assert "1 demonstrations are in the buffer" in said and "1 of 2 are longer than max_tokens" in said
+    assert "demonstrations in the buffer: 1" in said and "1 of 2 demonstrations do not fit" in said
     first, last = (row for row in read(out / "metrics.jsonl") if "loss" not in row)
     assert first["eval/1 1 1=1:"] == first["eval/2 2 2=2:"] == last["eval/2 2 2=2:"] == 0
     assert last["eval/1 1 1=1:"] > 0.8
@@ -163,6 +163,7 @@ def test_one_demonstration_of_what_the_policy_never_finds_is_learned(embedded, t
     ("settings", "complaint"),
     [
         (("--reward-model", "no/such"), "reward_model is 'no/such'"),
+        (("--seed-data", "x", "--loss", "grpo"), "seed_data is 'x': it must be left out with loss grpo"),
         (("--data", "tests"), "data is 'tests': it has no train.jsonl"),
         (("--near-duplicates", "cosine"), "near_duplicates is 'cosine': task tldr has no embeddings"),
         (("--seed-data", "none.jsonl"), "seed_data is 'none.jsonl': there is no such file"),

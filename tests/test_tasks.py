@@ -172,7 +172,9 @@ def test_gsm8k_can_ask_for_a_response_that_finished():
 
 def test_countdown_asks_a_chat_model_in_words_and_reads_its_tags(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", CHAT_TEMPLATE)
-    chat = task(countdown, tokenizer)
+    with pytest.raises(ValueError, match=r"max_tokens is 13: .* --max-tokens 512"):
+        task(countdown, tokenizer)
+    chat = task(countdown, tokenizer, max_tokens=64)
     (first, *_) = chat.problems("test")
     (message,) = first.prompt
     numbers, target = first.answer["numbers"], first.answer["target"]
@@ -198,9 +200,10 @@ def test_countdown_asks_a_chat_model_in_words_and_reads_its_tags(tokenizer, monk
     ("text", "answer"),
     [
         (r"\boxed{27}", "27"), (r"\boxed{\frac{1}{2}} or \boxed{\sqrt{2}}", r"\sqrt{2}"), (r"\boxed{1", None),
-        (r"\boxed{1} and \boxed{2", "1"), (r"\boxed{\{1,2\}}", r"\{1,2\}"), (r"\boxed{\left\{x}", r"\left\{x"),
-        ("27", None), ("", None), (r"\boxed{}", ""), (r"\boxed{" + "9" * 10**7, None),
-        (r"\boxed{" * 10_000, None), (r"\boxed{" + "{" * 10_000 + "}" * 10_000 + "}", None),
+        (r"\boxed{1} and \boxed{2", "1"), (r"so $\boxed 2$.", "2"), (r"in \boxed.", None), ("27", None), ("", None),
+        (r"\boxed{\{1,2\}}", r"\{1,2\}"), (r"\boxed{\left\{x}", r"\left\{x"), (r"\boxed{}", ""),
+        (r"\boxed{" + "9" * 10**7, None), (r"\boxed{" * 10_000, None),
+        (r"\boxed{" + "{" * 10_000 + "}" * 10_000 + "}", None),
     ],
 )  # fmt: skip
 def test_math_boxed(text, answer):
@@ -281,8 +284,8 @@ def test_tldr_judges_query_response_and_one_end_and_punishes_what_was_cut_off(tl
     each.scores = each.gold = score
     score.tokenizer = AutoTokenizer.from_pretrained(judge)
     responses = [response(" short"), response(" cut", finished=False), response(" a</s>b")]
-    assert asyncio.run(each.reward(problem, responses)) == [1.0, -1.0, 3.0]
-    assert asked == [problem.prompt + text for text in (" short</s>", " cut</s>", " ab</s>")]
+    assert asyncio.run(each.reward(problem, responses)) == [1.0, -1.0, 2.0]
+    assert asked == [problem.prompt + text for text in (" short</s>", " ab</s>")]
     assert problem.prompt.endswith("TL;DR:")
 
 
@@ -374,7 +377,7 @@ def test_redteam_reads_a_guard_by_the_conversation(make_model, redteam_models):
 
     each.replies = replies
     assert asyncio.run(each.reward(Problem("?"), [response("attack")])) == [0.0]
-    assert judged == ["<user>\nattack\n<assistant>\nreply\n<assistant>\n\n\n"]
+    assert judged == ["<user>\nattack\n<assistant>\nreply\n<assistant>\n"]
 
 
 def test_redteam_diversity_is_the_mean_over_pairs():
