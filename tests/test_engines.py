@@ -36,7 +36,7 @@ def test_engine_and_trainer_agree_after_a_sync(make_model, tokenizer, tmp_path, 
     prompt = np.array(tokenizer("How many clips did Natalia sell?").input_ids, dtype=np.int32)
 
     async def check() -> None:
-        searcher = Searcher(["cpu"], temperature=0.7, max_tokens=16)
+        searcher = Searcher(["cpu"], temperature=0.7, max_tokens=64)
         try:
             await searcher.start(folder, 128, 0, {}, cores()[1], tmp_path / "engine.log")
             trainer.staging = await share(trainer.policy, searcher)

@@ -5,6 +5,7 @@ import gc
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -339,5 +340,7 @@ def test_a_reward_that_always_fails_ends_everything_and_is_said(embedded, tmp_pa
     monkeypatch.setattr("tasks.countdown.reward", broken)
     done = main("--model", embedded[1], "--out", tmp_path / "run", "--steps", 50, "--eval-prompts", 0)
     assert done.code == 1 and "Traceback" not in done.err
-    said = "tba: the reward failed for 200 of the last 200 responses; the first time: RuntimeError: the reward broke ("
-    assert said in done.err
+    said = (
+        r"tba: the reward failed for (2\d\d) of the last \1 responses; the first time: RuntimeError: the reward broke"
+    )
+    assert re.search(said, done.err)

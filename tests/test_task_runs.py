@@ -34,7 +34,7 @@ def dry(finished):
 
     def run(*arguments) -> str:
         out = finished(*arguments, "--dry-run")
-        assert not Path(json.loads(out[: out.index("\n}\n") + 2])["out"]).exists()
+        assert not (named := json.loads(out[: out.index("\n}\n") + 2])["out"]) or not Path(named).exists()
         return out
 
     return run
@@ -46,6 +46,14 @@ def evaluated(out: Path, *names: str) -> list[dict]:
     assert all(set(row) == {"step", "time", *(f"eval/{name}" for name in (*names, "truncated"))} for row in rows)
     assert (out / "model" / "model.safetensors").is_file() and (out / "model" / "tokenizer.json").is_file()
     return rows
+
+
+def test_countdown_shows_its_prompt_without_making_its_model(make_model, tmp_path, monkeypatch, dry):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert re.search(r"as the model sees it, 1\d tokens:\n\n\d+ \d+ \d+=\d+:\n$", dry())
+    assert not any(tmp_path.iterdir())
+    asked = dry("--model", make_model("llama", chat=True), "--max-tokens", 256)
+    assert re.search(r"<user>\nUsing each of the numbers .*</answer>.\n<assistant>\n\n$", asked, re.DOTALL)
 
 
 def test_gsm8k(gsm8k, make_model, tmp_path, nothing_left, dry, finished):  # noqa: F811

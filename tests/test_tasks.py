@@ -215,7 +215,7 @@ def test_math_boxed(text, answer):
 @pytest.fixture(scope="module")
 def graded():
     """Rewards of responses, by the task as the run makes it."""
-    each = task(tasks.math, grade_seconds=3.0)
+    each = task(tasks.math, grade_seconds=1.5)
     yield lambda gold, *texts: asyncio.run(each.reward(Problem("?", gold), [response(text) for text in texts]))
     each.end()
 
