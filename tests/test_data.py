@@ -1,9 +1,11 @@
 """Rows from files and data sets, prompts as the model sees them, and demonstrations."""
 
+import copy
 import json
 import math
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 import data
 from tasks import Problem
@@ -85,12 +87,18 @@ def test_prompts_that_leave_no_room_are_left_out_and_reported(tokenizer, capsys)
 
 
 @pytest.fixture
-def chat_tokenizer(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", CHAT_TEMPLATE)
+def chat_tokenizer(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
 def test_a_chat_goes_through_the_template_and_gets_no_special_tokens_twice(chat_tokenizer):
+    """The tokenizer puts one before every text, as Llama's does; a chat template writes its own."""
+    begin = ("</s>", chat_tokenizer.eos_token_id)
+    chat_tokenizer.backend_tokenizer.post_processor = TemplateProcessing("</s> $A", special_tokens=[begin])
+    (plain,) = data.encode([Problem("Hi")], chat_tokenizer, 99)
+    assert plain.tokens[0] == begin[1]
     chat = [{"role": "user", "content": "Hi"}]
     (prompt,) = data.encode([Problem(chat)], chat_tokenizer, 99)
     assert prompt.text == "<user>\nHi\n<assistant>\n"

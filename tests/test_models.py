@@ -62,7 +62,7 @@ def test_a_classifier_gives_log_probabilities_of_its_label(make_model, tokenizer
     assert long == pytest.approx(long_too)  # cut to what it can read
 
 
-def test_a_guard_is_read_by_its_word(make_model, tokenizer, small_batches):
+def test_a_guard_is_read_by_its_word(make_model, tokenizer):
     folder = make_model("llama", chat=True)
     guard = Guard(str(folder), "classifier", "\n\n")
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -127,10 +127,15 @@ def test_what_is_asked_while_a_batch_runs_is_the_next_batch_and_an_error_is_the_
         with pytest.raises(RuntimeError, match="out of memory"):
             await model(["bad"])
         assert len(await model(["good"])) == 1
+        first = asyncio.create_task(model(["d"]))
+        given_up = asyncio.create_task(model(["e", "f"]))
+        await asyncio.sleep(0)
+        given_up.cancel()
+        assert len(await first) == len(await model(["g"])) == 1
         model.end()
 
     asyncio.run(run())
-    assert batches == [1, 10, 1, 1]
+    assert batches == [1, 10, 1, 1, 1, 1]
 
 
 def test_a_model_of_another_kind_is_refused(make_model):

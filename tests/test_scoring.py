@@ -75,7 +75,7 @@ async def hanging_too(problem, given):
     ("reward", "said"),
     [
         (raising, "KeyError: 'oops' (" + __file__),
-        (nothing_to_find, "StopIteration"),
+        (nothing_to_find, "RuntimeError: StopIteration:  (" + __file__),
         (too_few, "ValueError: 1 rewards for 4 responses"),
         (hanging, "none within 0.2 s (--reward-timeout)"),
         (hanging_too, "none within 0.2 s (--reward-timeout)"),
