@@ -110,20 +110,27 @@ def test_a_flag_beats_the_task_which_beats_the_field():
     assert parse(["--search-devices", "cuda:1", "cuda:2"]).search_devices == ("cuda:1", "cuda:2")
 
 
+def test_the_command_exits_with_2_and_one_line(tmp_path):
+    command = [sys.executable, "tba.py", "--out", str(tmp_path / "out"), "--temperature", "-1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "tba: temperature is -1.0: it must be a finite number above 0\n"
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--temperature", "-1"], "tba: temperature is -1.0: it must be a finite number above 0"),
         (["--task", "gsm8k", "--model", "no/such", "--data", "nowhere"], "tba: model is 'no/such'"),
         (["--train-device", "cuda:63"], "tba: train_device is 'cuda:63'"),
         (["--model", "tests"], "tba: model is 'tests'"),
     ],
 )
-def test_the_command_exits_with_2_and_one_line(arguments, complaint, tmp_path):
-    command = [sys.executable, "tba.py", "--out", str(tmp_path / "out"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env={"HF_HUB_OFFLINE": "1", "PATH": ""}, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith(complaint) and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+def test_what_is_not_there_is_named_in_one_line(arguments, complaint, tmp_path, main, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    done = main("--out", tmp_path / "out", *arguments)
+    assert done.code == 2
+    assert done.err.startswith(complaint) and done.err.count("\n") == 1 and "Traceback" not in done.err
     assert not (tmp_path / "out").exists()
 
 

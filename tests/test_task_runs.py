@@ -142,7 +142,7 @@ ANSWERS = {"1 1 1=1:": "999", "2 2 2=2:": "888"}
 
 class Task(tasks.Task):
     def problems(self, split):
-        return [tasks.Problem(prompt) for prompt in ANSWERS]
+        return [tasks.Problem(prompt) for prompt in ANSWERS][: 1 if split == "train" else 2]
 
     async def reward(self, problem, responses):
         return [float(response.text == ANSWERS[problem.prompt]) for response in responses]
@@ -153,17 +153,17 @@ class Task(tasks.Task):
 
 
 def test_one_demonstration_of_what_the_policy_never_finds_is_learned(embedded, tmp_path, nothing_left, finished):  # noqa: F811
-    """Of two prompts whose right response is never found by itself one is demonstrated; the other shows it is not."""
+    """Two prompts whose right response is never found by itself; one is demonstrated, which every update then has."""
     path, seed, out = tmp_path / "shown.py", tmp_path / "seed.jsonl", tmp_path / "run"
     path.write_text(SHOWN)
     long = "1" * 40
-    rows = [{"prompt": "1 1 1=1:", "response": "999"}, {"prompt": "2 2 2=2:", "response": long, "reward": 1.0}]
+    rows = [{"prompt": "1 1 1=1:", "response": "999"}, {"prompt": "1 1 1=1:", "response": long, "reward": 1.0}]
     seed.write_text("\n".join(map(json.dumps, rows)))
     said = finished(
-        "--task", path, "--model", embedded[1], "--out", out, "--seed-data", seed, "--steps", 300, "--lr", 2e-3,
-        "--beta", 0.02, "--prompts-per-step", 2, "--responses-per-prompt", 8, "--on-policy-prob", 0.1, "--capacity", 16,
-        "--replay", "reward", "--evict", "lowest_reward", "--prime", 32, "--max-tokens", 8, "--eval-samples", 100,
-        "--eval-every", 0,
+        "--task", path, "--model", embedded[1], "--out", out, "--seed-data", seed, "--steps", 500, "--lr", 2e-3,
+        "--lr-schedule", "linear", "--beta", 0.02, "--prompts-per-step", 1, "--responses-per-prompt", 32,
+        "--capacity", 16, "--search-responses", 64, "--on-policy-prob", 0, "--evict", "lowest_reward", "--prime", 64,
+        "--max-tokens", 8, "--eval-samples", 100, "--eval-every", 0,
     )  # fmt: skip
     assert "demonstrations in the buffer: 1" in said and "1 of 2 demonstrations do not fit" in said
     first, last = (row for row in read(out / "metrics.jsonl") if "loss" not in row)
