@@ -8,6 +8,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable
+from queue import SimpleQueue
 
 from log import say
 from searcher import Response
@@ -52,7 +53,7 @@ class Scorer:
 
     async def guarded(self, work: Callable, responses: list[Response], *arguments) -> list | None:
         """What `work(*arguments)` gives for the responses, one each; None where it raises or takes too long."""
-        call = work if inspect.iscoroutinefunction(work) else in_thread_of_its_own(work)
+        call = work if inspect.iscoroutinefunction(work) else in_a_thread(work)
         try:
             async with asyncio.timeout(self.seconds) as limit:
                 values = list(await call(*arguments))
@@ -97,26 +98,22 @@ class Scorer:
             say(f"a reward failed: {failure}. Such responses are dropped and counted (reward_failures)")
 
 
-def in_thread_of_its_own(work: Callable) -> Callable:
-    """A plain function as an `async` one. Its thread cannot be ended, but does not keep the program from ending."""
+idle: list[SimpleQueue] = []  # of threads, each of which waits for work
+
+
+def in_a_thread(work: Callable) -> Callable:
+    """A plain function as an `async` one. Threads are kept for the next call, which costs less than starting them; one
+    that hangs cannot be ended, but does not keep the program from ending."""
 
     async def call(*arguments):
         loop = asyncio.get_running_loop()
         future = loop.create_future()
-
-        def settle(value, error: BaseException | None) -> None:
-            if not future.done():  # else nobody waits any more
-                future.set_result((value, error))
-
-        def run() -> None:
-            try:
-                outcome = work(*arguments), None
-            except BaseException as error:
-                outcome = None, error
-            with contextlib.suppress(RuntimeError):  # the run has ended
-                loop.call_soon_threadsafe(settle, *outcome)
-
-        threading.Thread(target=run, name="reward", daemon=True).start()
+        try:
+            queue = idle.pop()
+        except IndexError:
+            queue = SimpleQueue()
+            threading.Thread(target=serve, args=(queue,), name="reward", daemon=True).start()
+        queue.put((work, arguments, loop, future))
         value, error = await future
         if isinstance(error, Exception) and not isinstance(error, StopIteration):  # that would end this coroutine
             raise error
@@ -125,6 +122,25 @@ def in_thread_of_its_own(work: Callable) -> Callable:
         return value
 
     return call
+
+
+def serve(queue: SimpleQueue) -> None:
+    """What a thread does: one call after another, the outcome (value, error) to the future."""
+
+    def settle(future: asyncio.Future, outcome: tuple) -> None:
+        if not future.done():  # else nobody waits any more
+            future.set_result(outcome)
+
+    while True:
+        work, arguments, loop, future = queue.get()
+        try:
+            outcome = work(*arguments), None
+        except BaseException as error:
+            outcome = None, error
+        idle.append(queue)
+        with contextlib.suppress(RuntimeError):  # the run has ended
+            loop.call_soon_threadsafe(settle, future, outcome)
+        del work, arguments, loop, future, outcome  # not kept while it waits
 
 
 def described(error: BaseException) -> str:
