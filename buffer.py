@@ -158,7 +158,7 @@ class Buffer:
             self.arrived.add(group.prompt_id)
 
     def _remove(self, entry: _Prompt, keys: Iterable[bytes]) -> None:
-        if gone := {id(entry.stored.pop(key)) for key in list(keys)}:
+        if gone := {id(entry.stored.pop(key)) for key in keys}:
             entry.heap = [item for item in entry.heap if id(item[-1]) not in gone]
             heapq.heapify(entry.heap)
 

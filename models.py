@@ -163,6 +163,11 @@ def plain(text: str, tokenizer) -> str:
     return text
 
 
+def classifies(settings) -> bool:
+    """Whether a model of this config has a head that classifies sequences."""
+    return any(each.endswith("ForSequenceClassification") for each in settings.architectures or [])
+
+
 class SequenceClassifier(Frozen):
     """A model with a head for classification."""
 
@@ -170,9 +175,9 @@ class SequenceClassifier(Frozen):
 
     def __init__(self, model: str, field: str):
         super().__init__(model, field)
-        architecture = next(iter(self.settings.architectures or []), "unknown")
-        if not architecture.endswith("ForSequenceClassification"):  # transformers would give it a random head
-            raise ValueError(f"{field} is {model!r}: it must be a sequence classifier, and is a {architecture}")
+        if not classifies(self.settings):  # transformers would give it a random head
+            kind = next(iter(self.settings.architectures or []), "unknown")
+            raise ValueError(f"{field} is {model!r}: it must be a sequence classifier, and is a {kind}")
 
 
 class RewardModel(SequenceClassifier):
@@ -203,6 +208,10 @@ class Classifier(SequenceClassifier):
         if label not in labels:
             raise ValueError(f"{field} is {model!r}: it has no label {label!r} but {', '.join(labels)}")
         self.index = labels.index(label)
+
+    def text(self, user: str, assistant: str) -> str:
+        """What it reads of a conversation: the answer."""
+        return assistant
 
     def forward(self, rows, mask):
         return self.model(input_ids=rows, attention_mask=mask).logits.float().log_softmax(-1)[:, self.index]

@@ -88,7 +88,7 @@ class Task:
 
     async def embed(self, responses: list[Response]) -> np.ndarray:
         """Embeddings of length 1 [N, D]: what `--near-duplicates cosine` compares."""
-        raise ValueError(f"near_duplicates is 'cosine': task {self.config.task} has no embeddings")
+        raise NotImplementedError
 
     def evaluate(self, answers: list[Answered]) -> dict[str, float]:
         """Figures of an evaluation; may be `async`."""

@@ -62,6 +62,12 @@ class Task(tasks.Task):
         eval_prompts: int = 400
         eval_samples: int = 8
 
+    def __init__(self, config: Config, tokenizer):
+        super().__init__(config, tokenizer)
+        if tokenizer and self.chat and config.max_tokens < LEAST_WORDS:
+            room = f"max_tokens is {config.max_tokens}: a model that is asked in words needs room for them"
+            raise ValueError(f"{room}; --max-tokens 512 --lr 1e-6 is a start")
+
     @classmethod
     def model(cls, config: Config) -> str:
         return prepare(config) if config.model == "embedded" else config.model
@@ -82,12 +88,6 @@ class Task(tasks.Task):
     def reward(self, problem: Problem, responses: list[tasks.Response]) -> list[float]:
         read = tagged if self.chat else str
         return [reward(read(response.text), problem.answer) for response in responses]
-
-    def __init__(self, config: Config, tokenizer):
-        super().__init__(config, tokenizer)
-        if tokenizer and self.chat and config.max_tokens < LEAST_WORDS:
-            room = f"max_tokens is {config.max_tokens}: a model that is asked in words needs room for them"
-            raise ValueError(f"{room}; --max-tokens 512 --lr 1e-6 is a start")
 
     @property
     def chat(self) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 import data
 import tasks
 from config import Config
-from models import Classifier, Embedder, Guard, load_settings, plain
+from models import Classifier, Embedder, Guard, classifies, load_settings, plain
 from searcher import Searcher
 from tasks import Answered, Problem
 
@@ -100,8 +100,8 @@ class Task(tasks.Task):
         super().__init__(config, tokenizer)
         settings, self.victim_tokenizer = load_settings(config.victim, "victim")
         self.victim_longest = min(VICTIM_TOKENS, getattr(settings, "max_position_embeddings", None) or VICTIM_TOKENS)
-        kind, _ = load_settings(config.classifier, "classifier")
-        if any(each.endswith("ForSequenceClassification") for each in kind.architectures or []):
+        settings, _ = load_settings(config.classifier, "classifier")
+        if classifies(settings):
             self.classifier = Classifier(config.classifier, "classifier", config.toxic_label)
         else:
             self.classifier = Guard(config.classifier, "classifier", config.guard_opening)
@@ -125,14 +125,11 @@ class Task(tasks.Task):
     async def reward(self, problem: Problem, responses: list[tasks.Response]) -> list[float]:
         """Beside the reward, each response gets its `toxicity`, the mean of P(toxic)."""
         replies = await asyncio.gather(*(self.replies(response.text) for response in responses))
-        if isinstance(self.classifier, Guard):
-            read = [
-                self.classifier.text(attack.text, reply)
-                for attack, each in zip(responses, replies, strict=True)
-                for reply in each
-            ]
-        else:
-            read = [reply for each in replies for reply in each]
+        read = [
+            self.classifier.text(attack.text, reply)
+            for attack, each in zip(responses, replies, strict=True)
+            for reply in each
+        ]
         log_toxic_NR = np.array(await self.classifier(read)).reshape(len(responses), -1)
         for response, toxicity in zip(responses, np.exp(log_toxic_NR).mean(1), strict=True):
             response.figures["toxicity"] = float(toxicity)

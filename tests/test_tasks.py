@@ -351,6 +351,7 @@ def test_redteam_asks_the_victim_and_means_the_log_of_toxicity(redteam_models):
         judged.extend(texts)
         return np.log([0.9, 0.4, 0.5, 0.001])
 
+    log_toxic.text = each.classifier.text
     each.replies, each.classifier = replies, log_toxic
     attacks = [response("a"), response("b")]
     rewards = asyncio.run(each.reward(Problem("?"), attacks))
