@@ -23,6 +23,7 @@ NUMBER = re.compile(
     r"((?<![\w.)])[-+−])?\$?((?:\d{1,3}(?:,\d{3}){1,30}(?!\d|,\d)|\d+)(?:\.\d+)?|\.\d+)(?:\s?/\s?(\d+))?"  # noqa: RUF001
 )
 LONGEST = 100  # characters of a number: a longer one is no answer, and costs time
+END = 10_000  # characters of a text that are looked at, its last: an answer stands there, and more would cost time
 
 
 class Task(tasks.Task):
@@ -77,7 +78,7 @@ class Task(tasks.Task):
 def last_number(text: str) -> Fraction | None:
     """The last number in a text, exactly: "-$1,234.50." is -2469/2, "3/4" is 3/4, "12%" is 12, "nan" is none."""
     found = None
-    for found in NUMBER.finditer(text):  # noqa: B007
+    for found in NUMBER.finditer(text[-END:]):  # noqa: B007
         pass
     if found is None or len(found[0]) > LONGEST:
         return None

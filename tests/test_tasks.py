@@ -48,6 +48,19 @@ def test_gsm8k_last_number(text, number):
     assert gsm8k.last_number(text) == (None if number is None else Fraction(number))
 
 
+@pytest.mark.parametrize(
+    "text", ["7" * 10**7, "So 12 is 5. " * 10**6, "1," * 5 * 10**6, "-" * 10**7, "(" * 10**4 + "1" + ")" * 10**4,
+             r"\boxed{" * 10**6, "<answer>" * 10**6, r"\boxed{" + "{" * 10**7],
+)  # fmt: skip
+def test_a_huge_response_costs_nothing(text):
+    """10 ms at most here; 10 MB took 2 s where all of it was searched for numbers."""
+    began = time.perf_counter()
+    assert gsm8k.reward(text, "#### 3") == countdown.reward(text, {"numbers": [1, 2], "target": 3}) == 0.0
+    assert countdown.reward(countdown.tagged(text), {"numbers": [1, 2], "target": 3}) == 0.0
+    assert tasks.math.boxed(text) is None
+    assert time.perf_counter() - began < 0.5
+
+
 def test_gsm8k_reward_is_exact():
     answer = "The sum is 24.\n#### 1,024"
     for right in ("1024", "$1,024", "it is 1024.0", "**1024**", "Answer: 1,024."):
