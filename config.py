@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -93,8 +94,14 @@ class Config:
     """m: probability that a prompt of a batch is from the newest data, rather than any seen."""
     prime: int = 500
     """Responses searched before training starts."""
+    search_ahead: float = 8.0
+    """Search waits where it has found more than so many times B x K responses for each update made."""
     capacity: int = 100
     """Responses that the buffer keeps of a prompt."""
+    buffer_responses: int = 1_000_000
+    """Responses that the buffer keeps in all: then the oldest leaves."""
+    buffer_gib: float = 8.0
+    """Memory that they may take, in GiB."""
     evict: str = "oldest"
     """Which response leaves a full buffer: oldest or lowest_reward."""
     near_duplicates: str = "exact"
@@ -119,10 +126,14 @@ class Config:
     """Test problems in an evaluation; 0: no evaluation at all."""
     eval_samples: int = 8
     """Responses sampled for each of them: the k of pass@k."""
-    save_every: int = 0
-    """Updates between two checkpoints; 0: none, only the policy at the end."""
+    save_every: int = 100
+    """Updates between two checkpoints, which each evaluation has too; 0: only at the end."""
+    keep: int = 2
+    """Newest checkpoints that stay, beside the one with the best evaluation; 0: all stay."""
     resume: str = ""
-    """Go on with the run in this folder, from its newest checkpoint."""
+    """Go on with the run in this folder from its newest checkpoint; auto: in --out (or the task's newest), if any."""
+    stall_seconds: float = 120.0
+    """Say what is awaited where no response came, or no update ended, for so long."""
     dry_run: bool = False
     """Show the resolved settings and the first prompt as the model sees it, and end."""
 
@@ -201,15 +212,31 @@ AT_LEAST = dict(
     seed=0, steps=1, max_seconds=0, prompts_per_step=1, responses_per_prompt=2, search_responses=2, lr_warmup=0,
     lr_decay=0, beta=0, beta_final=0, beta_steps=0, gamma_steps=0, reference_reset=0, max_tokens=1, min_tokens=0,
     sync_every=1, on_policy_prob=0, prime=0, capacity=1, near_duplicate_distance=0, micro_batch_tokens=1,
-    gpu_memory_utilization=0, eval_every=0, eval_prompts=0, eval_samples=1, save_every=0, reward_concurrency=1,
+    gpu_memory_utilization=0, eval_every=0, eval_prompts=0, eval_samples=1, save_every=0, keep=0, search_ahead=1,
+    reward_concurrency=1,
 )  # fmt: skip
 AT_MOST = dict(on_policy_prob=1, gpu_memory_utilization=1, near_duplicate_distance=2, seed=2**31 - 1)
-POSITIVE = ("lr", "temperature", "max_grad_norm", "gamma", "gamma_final", "reward_timeout")  # and finite
+# And finite.
+POSITIVE = (
+    "lr",
+    "temperature",
+    "max_grad_norm",
+    "gamma",
+    "gamma_final",
+    "reward_timeout",
+    "buffer_gib",
+    "stall_seconds",
+)
 ONE_OF = dict(
     evict=EVICTION, replay=REPLAY, near_duplicates=NEAR_DUPLICATE, loss=OBJECTIVES,
     lr_schedule=("constant", "linear", "wsd"), beta_schedule=("constant", "linear", "cosine"),
 )  # fmt: skip
 STRICT = dict(strict=True, sync_every=1, on_policy_prob=1.0, prime=0)  # defaults with --strict
+MAY_CHANGE = {  # in a run that is resumed: how long it lasts, what is looked at and kept, and on which devices
+    "steps", "max_seconds", "eval_every", "eval_prompts", "eval_samples", "save_every", "keep", "stall_seconds",
+    "check_sync", "out", "resume", "dry_run", "reward_timeout", "reward_concurrency", "search_ahead",
+    "buffer_responses", "buffer_gib", "micro_batch_tokens", "train_device", "search_devices", "gpu_memory_utilization",
+}  # fmt: skip
 
 
 def check(config: Config) -> None:
@@ -234,6 +261,8 @@ def check(config: Config) -> None:
             refuse(name, f"one of {', '.join(allowed)}")
     if config.search_responses < config.responses_per_prompt:
         refuse("search_responses", f"at least responses_per_prompt, {config.responses_per_prompt}")
+    if config.buffer_responses < (batch := config.prompts_per_step * config.responses_per_prompt):
+        refuse("buffer_responses", f"at least prompts_per_step x responses_per_prompt, {batch}")
     annealed = config.beta_schedule != "constant"
     if annealed != (config.beta_steps > 0):
         refuse("beta_steps", "above 0 with beta_schedule linear or cosine, and 0 with constant")
@@ -273,13 +302,20 @@ def check(config: Config) -> None:
         refuse("search_devices", "devices that differ")
     if not config.model:
         refuse("model", "a Hugging Face folder or hub id")
-    if config.resume and config.out != config.resume:
+    if config.resume not in ("", "auto", config.out):
         refuse("out", f"left out with --resume, which goes on in {config.resume}")
-    if not config.resume and config.out and Path(config.out).exists():
+    if not begun(config.resume, config.out) and config.out and Path(config.out).exists():
         metrics = Path(config.out) / "metrics.jsonl"
         never_began = metrics.is_file() and not metrics.stat().st_size
-        if not Path(config.out).is_dir() or (any(Path(config.out).iterdir()) and not never_began):
+        if not Path(config.out).is_dir() or (
+            set(path.name for path in Path(config.out).iterdir()) - {"lock"} and not never_began
+        ):
             refuse("out", "a new or empty folder (or go on with that run: --resume)")
+
+
+def begun(resume: str, out: str) -> bool:
+    """Whether --resume goes on with what is in that folder; auto does not where nothing is."""
+    return bool(resume and out) and (Path(out) / "config.json").is_file()
 
 
 def parse(arguments: list[str]) -> Config:
@@ -288,43 +324,71 @@ def parse(arguments: list[str]) -> Config:
     Raises:
         ValueError: what is wrong with them, in one line.
     """
-    import tyro
-
     import tasks
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--task", default="")
-    first.add_argument("--resume", default="")
+    for name in ("--task", "--resume", "--out"):
+        first.add_argument(name, default="")
     first.add_argument("--strict", action=argparse.BooleanOptionalAction, default=False)
     try:
         known, _ = first.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from None
-    if known.resume:
-        saved = Path(known.resume) / "config.json"
-        if not saved.is_file():
-            raise ValueError(f"resume is {known.resume!r}: it must be the folder of a run, and {saved} does not exist")
-        try:
-            settings = json.loads(saved.read_text()) | {"out": known.resume, "resume": known.resume}
-            if known.task and known.task != settings["task"]:
-                raise ValueError(f"task was {settings['task']!r}, and is {known.task!r} now")
-            kind = tasks.load(settings["task"]).Settings
-            settings |= {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
-            defaults = kind(**settings | (STRICT if known.strict else {}))
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"resume is {known.resume!r}: its config.json does not fit ({error})") from None
+    name = known.task or Config.task
+    out = known.out if known.resume == "auto" else known.resume
+    if known.resume == "auto" and not out:  # names end with the time
+        runs = sorted(path.parent for path in Path("runs").glob(f"{Path(name).stem}-*-*/config.json"))
+        out = str(runs[-1]) if runs else ""
+    if begun(known.resume, out):
+        saved = settings_of(out, known)
+        config = command_line(saved, arguments)
+        for field in dataclasses.fields(config):
+            was, now = getattr(saved, field.name), getattr(config, field.name)
+            if was != now and field.name not in MAY_CHANGE:
+                raise ValueError(
+                    f"{field.name} was {was!r} in {out}, and is {now!r} now: it cannot change when a run is resumed "
+                    f"(a new run can start from what that one learned: --model {out}/model)"
+                )
+    elif known.resume not in ("", "auto"):
+        raise ValueError(f"resume is {out!r}: it must be the folder of a run, and {out}/config.json does not exist")
     else:
-        name = known.task or Config.task
-        kind = tasks.load(name).Settings
-        defaults = kind(task=name, **STRICT if known.strict else {})
+        config = command_line(tasks.load(name).Settings(task=name, **STRICT if known.strict else {}), arguments)
+    check(config)
+    return config
+
+
+def settings_of(out: str, known: argparse.Namespace) -> Config:
+    """The settings of a run that is to go on.
+
+    Raises:
+        ValueError: they are not there, or are another version's.
+    """
+    import tasks
+
+    try:
+        settings = json.loads((Path(out) / "config.json").read_text()) | {"out": out, "resume": known.resume}
+        if known.task and known.task != settings["task"]:
+            raise ValueError(f"task was {settings['task']!r}, and is {known.task!r} now")
+        settings |= {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
+        return tasks.load(settings["task"]).Settings(**settings)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"resume is {known.resume!r}: {out}/config.json does not fit ({error})") from None
+
+
+def command_line(defaults: Config, arguments: list[str]) -> Config:
+    """Settings as the command line has them.
+
+    Raises:
+        ValueError: what is wrong with it, in one line.
+    """
+    import tyro
+
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            config = tyro.cli(kind, args=arguments, default=defaults, prog="tba.py")
+            return tyro.cli(type(defaults), args=arguments, default=defaults, prog="tba.py")
     except SystemExit as stop:
         if stop.code:  # tyro draws a box around what is wrong: keep its first line
             lines = [line.strip("│ ") for line in complaint.getvalue().splitlines()]
             raise ValueError(next(line for line in lines if line and line[0] not in "╭─╰")) from None
         raise
-    check(config)
-    return config

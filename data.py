@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,44 @@ class Prompt:
     problem: Problem
     text: str
     tokens: np.ndarray  # int32 [P]
+
+
+class Order:
+    """Ids of the training prompts without end, in a new random order each time round.
+
+    Args:
+        count: of the prompts.
+        rng: shuffles them.
+    """
+
+    def __init__(self, count: int, rng: random.Random):
+        self.count, self.rng = count, rng
+        self.left: list[int] = []  # the next one last
+        self.out: list[int] = []  # taken, and not `done`
+
+    def __iter__(self) -> Iterator[int]:
+        return self
+
+    def __next__(self) -> int:
+        if not self.left:
+            self.left = list(range(self.count))
+            self.rng.shuffle(self.left)
+        self.out.append(self.left.pop())
+        return self.out[-1]
+
+    def done(self, prompt_id: int) -> None:
+        """Its responses have come: a run that goes on from here need not ask again."""
+        self.out.remove(prompt_id)
+
+    def state(self) -> dict:
+        """What `restore` takes, as JSON has it: what is out comes first then."""
+        return {"left": self.left + self.out[::-1], "rng": self.rng.getstate()}
+
+    def restore(self, state: dict) -> None:
+        """Go on from a `state`."""
+        self.left = list(state["left"])
+        version, numbers, gauss = state["rng"]
+        self.rng.setstate((version, tuple(numbers), gauss))
 
 
 def rows(

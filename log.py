@@ -2,16 +2,19 @@
 
 config.json      the resolved settings
 metrics.jsonl    an object an update, and one an evaluation
-timeline.jsonl   an object a span of work: what (search, train, sync, evaluate), start, end, in seconds of the run
-samples.jsonl    an object an update: one of its groups, as text
+timeline.jsonl   an object a span of work: what (search, train, sync, evaluate, save), start, end, in seconds of the run
+samples.jsonl    an object an update: one of its groups, as text; after 256 MiB it becomes samples.1.jsonl
+undone/          rows of updates that a resumed run made anew, for they came after its checkpoint
 engine.log       what vLLM printed
 """
 
 import contextlib
 import json
 import math
+import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +23,71 @@ from tqdm import tqdm
 
 from buffer import Group
 
+SAMPLES_BYTES = 2**28  # of samples.jsonl; there are at most two such files
+
+
+class Failure(RuntimeError):
+    """Ends the run. Its text says all that there is to say, in one line, so that no traceback is shown."""
+
+
+class Screen:
+    """Standard output or error, without which the run goes on: its file may be full, its reader gone."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what can be written."""
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+class Rows:
+    """A JSONL file that grows. What a full disk does not take is kept, and written before the next row.
+
+    Args:
+        path: the file.
+        limit: bytes after which it is renamed to <name>.1.jsonl, in the place of what had that name.
+    """
+
+    def __init__(self, path: Path, limit: float = float("inf")):
+        self.path, self.limit = path, limit
+        self.unwritten = b""
+        self.file = path.open("ab", buffering=0)
+
+    def append(self, row: dict) -> None:
+        """Write a row; it is on disk if the program is killed.
+
+        Raises:
+            OSError: not all could be written yet.
+        """
+        self.unwritten += json.dumps(row).encode() + b"\n"
+        self.flush()
+        if self.file.tell() > self.limit:
+            fresh = self.path.with_suffix(".tmp")
+            with self.file:  # is closed once there is another
+                self.file = fresh.open("ab", buffering=0)
+                self.path.rename(self.path.with_suffix(".1.jsonl"))
+                fresh.rename(self.path)
+
+    def flush(self) -> None:
+        """Write what is unwritten.
+
+        Raises:
+            OSError: not all could be.
+        """
+        while self.unwritten:
+            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+
 
 class Log:
     """The files of a run and its progress bar.
@@ -27,18 +95,29 @@ class Log:
     Args:
         out: the run's folder.
         steps: updates in all.
-        step: updates done before, whose rows stay; later ones are dropped, for they will be made again.
+        step: updates done before, whose rows stay; later ones are set aside, for they will be made again.
+        before: seconds that a resumed run took until then.
     """
 
-    def __init__(self, out: Path, steps: int, step: int = 0):
-        self.out, self.steps = out, steps
+    def __init__(self, out: Path, steps: int, step: int = 0, before: float = 0.0):
+        self.out, self.steps, self.before = out, steps, before
         self.bar: tqdm | None = None
-        self.before = 0.0  # seconds that a resumed run took until then
-        if step:
-            self.before = max(row["time"] for row in _keep_rows(out / "metrics.jsonl", "step", step))
-            _keep_rows(out / "samples.jsonl", "step", step)
-            _keep_rows(out / "timeline.jsonl", "end", self.before)
-        self.files = {name: (out / f"{name}.jsonl").open("a") for name in ("metrics", "timeline", "samples")}
+        self.under_way: Counter[str] = Counter()  # spans that are open
+        self.full = False  # a row could not be written
+        rows = set_aside(out / "metrics.jsonl", "step", step)
+        self.evaluations = {  # by step
+            row["step"]: {
+                name.removeprefix("eval/"): math.nan if value is None else value
+                for name, value in row.items()
+                if name.startswith("eval/")
+            }
+            for row in rows
+            if "loss" not in row
+        }
+        for name, key, last in (("samples", "step", step), ("samples.1", "step", step), ("timeline", "end", before)):
+            set_aside(out / f"{name}.jsonl", key, last)
+        limits = {"metrics": float("inf"), "timeline": float("inf"), "samples": SAMPLES_BYTES}
+        self.files = {name: Rows(out / f"{name}.jsonl", limit) for name, limit in limits.items()}
         self.initial = step
         self.start = time.perf_counter()
 
@@ -56,14 +135,25 @@ class Log:
         )  # fmt: skip
 
     def write(self, name: str, row: dict) -> None:
-        """Append a row to a file; it is on disk if the program is killed."""
-        print(json.dumps(row), file=self.files[name], flush=True)
+        """Append a row to a file. A full disk does not end the run: what it does not take is written later."""
+        try:
+            self.files[name].append(row)
+        except OSError as error:
+            if not self.full:
+                say(f"{self.files[name].path} cannot be written ({error}): its rows are kept, and tried again")
+            self.full = True
+        else:
+            self.full = self.full and any(file.unwritten for file in self.files.values())
 
     @contextlib.contextmanager
     def span(self, what: str) -> Iterator[None]:
         """Note when a piece of work began and ended."""
         start = self.time
-        yield
+        self.under_way[what] += 1
+        try:
+            yield
+        finally:
+            self.under_way[what] -= 1
         if self.bar:  # the clock runs
             self.write("timeline", {"what": what, "start": round(start, 4), "end": round(self.time, 4)})
 
@@ -101,6 +191,7 @@ class Log:
 
     def evaluation(self, step: int, figures: dict[str, float]) -> None:
         """Write an evaluation's figures."""
+        self.evaluations[step] = figures
         row = {f"eval/{name}": _rounded(value) for name, value in figures.items()}
         self.write("metrics", {"step": step, "time": _rounded(self.time if self.bar else self.before)} | row)
 
@@ -109,13 +200,28 @@ class Log:
         if self.bar:
             self.bar.close()
         for file in self.files.values():
-            file.close()
+            try:
+                file.flush()
+            except OSError as error:
+                say(f"the last rows of {file.path} are lost ({error})")
+            file.file.close()
 
 
-def say(text: str) -> None:
-    """A line for the person at the screen, above the bar."""
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+def say(text: str, complaint: bool = False) -> None:
+    """A line for the person at the screen, above the bar; a complaint goes where errors go."""
+    file = sys.stderr if complaint else sys.stdout
+    tqdm.write(printable(text), file=file)
+    file.flush()
+
+
+def printable(text: str) -> str:
+    """The text with what a terminal would obey escaped: a model may have written it.
+
+    >>> print(printable("red: \\x1b[31m, right to left: \\u202e, and a\\nsecond line"))
+    red: \\x1b[31m, right to left: \\u202e, and a
+    second line
+    """
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def table(evaluations: dict[int, dict[str, float]]) -> str:
@@ -129,14 +235,37 @@ def table(evaluations: dict[int, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+def _rounded(value: float) -> float | None:
+    """Six digits; None, which JSON has, for what is not finite."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def _keep_rows(path: Path, name: str, last: float) -> list[dict]:
-    """Drop the rows in which a figure is above `last`; returns those that stay."""
-    rows = [row for row in map(json.loads, path.read_text().splitlines()) if row[name] <= last]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    temporary.replace(path)
+def set_aside(path: Path, name: str, last: float) -> list[dict]:
+    """Move the rows of a file, if it is there, in which a figure is above `last`, and a torn one at its end, to the
+    folder undone/; returns those that stay."""
+    if not path.is_file():
+        return []
+    stay, go, rows = [], [], []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+            keep = row[name] <= last and line.endswith(b"\n")
+        except (ValueError, KeyError, TypeError):  # the program was killed while it wrote it
+            keep = False
+        (stay if keep else go).append(line)
+        if keep:
+            rows.append(row)
+    if go:
+        aside = path.parent / "undone" / path.name
+        aside.parent.mkdir(exist_ok=True)
+        with aside.open("ab") as file:
+            file.writelines(go)
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            file.writelines(stay)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
     return rows

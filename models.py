@@ -25,7 +25,7 @@ def load_settings(model: str, field: str):
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        return AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+        return tuple(each.from_pretrained(model, trust_remote_code=False) for each in (AutoConfig, AutoTokenizer))
     except Exception as error:  # transformers lets through what its parsers raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{field} is {model!r}: it must be a Hugging Face folder or hub id ({reason})") from None

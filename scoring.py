@@ -10,14 +10,14 @@ from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 
-from log import say
+from log import Failure, say
 from searcher import Response
 
 WINDOW = 200  # responses; where the reward fails for more than half of so many, the run ends ...
 CALLS = 3  # ... unless fewer calls than this failed: one that fails may have been for hundreds of responses
 
 
-class RewardError(RuntimeError):
+class RewardError(Failure):
     """The reward fails too often."""
 
 
@@ -60,6 +60,8 @@ class Scorer:
             if len(values) != len(responses):
                 raise ValueError(f"{len(values)} rewards for {len(responses)} responses")
             return values
+        except Failure:
+            raise  # is not about these responses
         except Exception as error:
             self.note(f"none within {self.seconds:g} s (--reward-timeout)" if limit.expired() else described(error))
             return None

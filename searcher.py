@@ -1,4 +1,4 @@
-"""The searcher: vLLM engines that generate responses and take new weights.
+"""The searcher: vLLM engines that share the requests, take new weights, and are replaced when they die.
 
 One request a prompt with n responses, its final output only, no detokenising, and no log-probabilities unless the
 objective reads them: then the event loop, which shares its process with the trainer, stays idle. The policy's engines
@@ -8,23 +8,19 @@ sample from is what is trained.
 
 import asyncio
 import contextlib
-import ctypes
 import itertools
 import math
-import multiprocessing
-import os
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-MAX_IN_FLIGHT = {"cuda": 512, "cpu": 256}  # sequences of an engine: on CUDA the captured graphs end there
+from engine import MAX_IN_FLIGHT, Engine, Launcher
+from log import Failure, say
 
-RPC_SECONDS = 300  # an engine that dies during a call never answers it
+DEATHS, DEATHS_SECONDS = 3, 600  # engines that are replaced in so many seconds; one more ends the run
 
 
 @dataclass(slots=True)
@@ -39,19 +35,12 @@ class Response:
     figures: dict[str, float] = field(default_factory=dict)  # a task's own
 
 
-@dataclass(slots=True)
-class Engine:
-    """A vLLM engine, and how many sequences it has in flight."""
-
-    device: str
-    llm: object  # vllm.v1.engine.async_llm.AsyncLLM
-    in_flight: int = 0
-    version: int = 0  # of its weights
-
-
 @dataclass
 class Searcher:
-    """Engines that share the requests. Make one by `start`, end it by `shutdown`."""
+    """Engines that share the requests. Make one by `start`, end it by `shutdown`.
+
+    When an engine dies another is started in its place, with the current weights, and asked for what was in flight.
+    """
 
     devices: Sequence[str]
     temperature: float
@@ -60,8 +49,11 @@ class Searcher:
     top_p: float = 1.0
     engines: list[Engine] = field(default_factory=list)
     requests: Iterator[int] = field(default_factory=itertools.count)
-    _starts: list[Future] = field(default_factory=list)  # of the engines
-    _ending: bool = False
+    staging: object = None  # weights.Staging, from which the engines take their weights
+    writing: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while `staging` is written, or read out of turn
+    restarts: int = 0
+    _launcher: Launcher | None = None
+    _deaths: list[float] = field(default_factory=list)  # when
     _busy: float = 0.0  # seconds, to the moment when last nothing was in flight
     _busy_since: float | None = None
 
@@ -85,17 +77,12 @@ class Searcher:
             cores: the CPU cores of engines on the CPU.
             log: a file.
             load: read the model's weights; else they come through `load_staging`.
+
+        Raises:
+            Failure: vLLM gave up; says why.
         """
-        self._threads = ThreadPoolExecutor(len(self.devices))  # kept: an engine ends with the thread that started it
-        with _environment(cores if "cpu" in self.devices else None, len(self.devices)), _output_to(log):
-            self._starts = [
-                self._threads.submit(
-                    self._start_engine, device, model, max_model_len, seed + i, memory.get(device), load
-                )
-                for i, device in enumerate(self.devices)
-            ]
-            await asyncio.gather(*map(asyncio.wrap_future, self._starts))
-        await self._call_all("belong")
+        self._launcher = Launcher(model, max_model_len, seed, memory, cores, len(self.devices), log, load)
+        self.engines = await self._launcher.start(self.devices)
 
     @property
     def slots(self) -> int:
@@ -108,31 +95,44 @@ class Searcher:
         return self._busy + (time.perf_counter() - self._busy_since if self._busy_since else 0.0)
 
     async def generate(
-        self, prompt: Sequence[int], n: int, temperature: float | None = None, logprobs: bool = False
+        self,
+        prompt: Sequence[int],
+        n: int,
+        temperature: float | None = None,
+        logprobs: bool = False,
+        seed: int | None = None,
     ) -> tuple[list[Response], int]:
-        """n responses to a prompt's tokens, on request with log-probabilities or at another temperature (0: greedy),
-        and the version of the weights that began them."""
+        """n responses to a prompt's tokens, on request with log-probabilities, at another temperature (0: greedy) or
+        with a seed of their own; and the version of the weights that began them."""
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
-        engine = min(self.engines, key=lambda engine: engine.in_flight)
-        version = engine.version
         params = SamplingParams(
             n=n,
             temperature=self.temperature if temperature is None else temperature,
             top_p=self.top_p,
             max_tokens=self.max_tokens,
             min_tokens=self.min_tokens,
+            seed=seed,
             logprobs=0 if logprobs else None,  # 0 others beside the token's own
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        # Salted with the version, the prefix cache never serves keys and values of older weights.
-        prompt = tokens_input(np.asarray(prompt).tolist(), cache_salt=str(version))
-        with self._in_flight(engine, n):
-            output = await self._request(engine, prompt, params, priority=0)
+        tokens = np.asarray(prompt).tolist()
+
+        async def ask(engine: Engine):
+            version = engine.version
+            # Salted with the version, the prefix cache never serves keys and values of older weights.
+            salted = tokens_input(tokens, cache_salt=str(version))
+            with self._in_flight(engine, n):
+                output = await engine.request(salted, params, self._name(), priority=0)
+            if any(each.finish_reason not in ("stop", "length") for each in output.outputs):
+                raise RuntimeError("vLLM cut a response short")
+            return output, version
+
+        output, version = await self._ask(ask)
         return [
             Response(
                 np.array(each.token_ids, dtype=np.int32),
@@ -142,8 +142,8 @@ class Searcher:
             for each in output.outputs
         ], version
 
-    async def prompt_logprobs(self, tokens: Sequence[int]) -> list[tuple[str, np.ndarray]]:
-        """(device, log-probability of each token but the first [T-1] at temperature 1) of every engine.
+    async def prompt_logprobs(self, tokens: Sequence[int]) -> list[tuple[Engine, np.ndarray]]:
+        """(engine, log-probability of each token but the first [T-1] at temperature 1) of every engine.
 
         Asked before all that waits, for a sync waits for it.
         """
@@ -153,82 +153,82 @@ class Searcher:
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
         tokens = np.asarray(tokens).tolist()
 
-        async def ask(engine: Engine) -> tuple[str, np.ndarray]:
-            output = await self._request(engine, tokens_input(tokens), params, priority=-1)
+        async def ask(engine: Engine) -> tuple[Engine, np.ndarray]:
+            output = await engine.request(tokens_input(tokens), params, self._name(), priority=-1)
             rows = zip(tokens[1:], output.prompt_logprobs[1:], strict=True)
-            return engine.device, np.array([row[token].logprob for token, row in rows])
+            return engine, np.array([row[token].logprob for token, row in rows])
 
-        return await asyncio.gather(*map(ask, self.engines))
+        return await asyncio.gather(*(self._ask(ask, engine) for engine in self.engines))
 
-    async def open_staging(self, handle: dict) -> None:
+    async def open_staging(self, staging) -> None:
         """Let every engine open the trainer's staging tensor."""
-        await self._call_all("open_staging", handle)
+        await asyncio.gather(*(engine.call("open_staging", staging.handle) for engine in self.engines))
+        self.staging = staging
 
-    async def load_staging(self, version: int) -> None:
+    async def load_staging(self) -> None:
         """Let every engine take the staged weights, between two of its steps; what is in flight goes on with them."""
 
         async def load(engine: Engine) -> None:
-            async with asyncio.timeout(RPC_SECONDS):  # not wait_for, which would send the call a turn of the loop later
-                engine.version = version  # what is sent after the call is begun after it
-                await engine.llm.collective_rpc("load_staging")
+            await engine.load_staging(self.staging.version)
 
-        await asyncio.gather(*map(load, self.engines))
+        await asyncio.gather(*(self._ask(load, engine) for engine in self.engines))
 
     def shutdown(self) -> None:
         """End the engines and their processes, at once."""
-        self._ending = True
-        while wait(self._starts, timeout=0.1).not_done:
-            for starting in multiprocessing.active_children():
-                starting.kill()
-        for engine in self.engines:
-            engine.llm.shutdown(timeout=0)
-            engine.llm = None  # or it is shut down once more when the interpreter has gone
-        self._threads.shutdown()
+        if self._launcher:
+            self._launcher.end()
 
-    def _start_engine(
-        self, device: str, model: str, max_model_len: int, seed: int, memory: float | None, load: bool
-    ) -> None:
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
+    async def _ask(self, ask: Callable[[Engine], Awaitable], engine: Engine | None = None):
+        """What `ask` gives for an engine, the least busy one unless it is given; where it dies, for the next."""
+        engine = engine or min(self.engines, key=lambda each: (each.replacement is not None, each.in_flight))
+        while True:
+            if engine.replacement:
+                engine = await asyncio.shield(engine.replacement)  # others wait for it too
+            try:
+                return await ask(engine)
+            except Exception:
+                if not engine.llm.errored:
+                    raise
+                engine.replacement = engine.replacement or asyncio.create_task(self._replace(engine))
 
-        kind, _, index = device.partition(":")
-        if kind == "cuda":
-            settings = dict(dtype="bfloat16", device_ids=[int(index or 0)], gpu_memory_utilization=memory)
-        else:
-            # What starts fastest: one process beside this one, nothing compiled. Compiling gains less than it takes.
-            settings = dict(
-                dtype="float32",
-                enforce_eager=True,
-                distributed_executor_backend="uni",
-                enable_prefix_caching=False,  # its blocks of 128 tokens are longer than most prompts here
-                kv_cache_memory_bytes=2**30,
-            )
-        args = AsyncEngineArgs(
-            model=model,
-            seed=seed,
-            max_model_len=max_model_len,
-            load_format="auto" if load else "dummy",
-            # Of two tied matrices vLLM repacks but one on the CPU; untied it takes both, which the trainer keeps equal.
-            hf_overrides={} if load else {"tie_word_embeddings": False},
-            max_num_seqs=MAX_IN_FLIGHT[kind],
-            logprobs_mode="processed_logprobs",
-            scheduling_policy="priority",
-            worker_extension_cls="weights.StagingReader",
-            disable_log_stats=True,
-            **settings,
-        )
-        if self._ending:
-            return
-        self.engines.append(Engine(device, AsyncLLM.from_engine_args(args)))
+    async def _replace(self, dead: Engine) -> Engine:
+        """Start an engine in the place of one that died.
 
-    async def _call_all(self, method: str, *arguments) -> None:
-        calls = (engine.llm.collective_rpc(method, args=arguments) for engine in self.engines)
-        await asyncio.wait_for(asyncio.gather(*calls), RPC_SECONDS)
+        Raises:
+            Failure: too many have died.
+        """
+        why = "it died"
+        while True:
+            now = time.monotonic()
+            self._deaths = [at for at in self._deaths if now - at < DEATHS_SECONDS] + [now]
+            if len(self._deaths) > DEATHS:
+                raise Failure(
+                    f"the engine on {dead.device} is gone ({why}), and {DEATHS} were before it within "
+                    f"{DEATHS_SECONDS // 60} minutes; what vLLM printed is in {self._launcher.log}"
+                )
+            say(f"the engine on {dead.device} is gone ({why}): starting another, to be asked for what was in flight")
+            engine = None
+            try:
+                await dead.died()
+                dead.end()
+                (engine,) = await self._launcher.start([dead.device])
+                if self.staging:
+                    async with self.writing:
+                        await asyncio.to_thread(self.staging.wait)
+                        await engine.call("open_staging", self.staging.handle)
+                        await engine.load_staging(self.staging.version)
+            except Exception as error:
+                why = str(error)
+                if engine:
+                    engine.end()
+            else:
+                self.engines[self.engines.index(dead)] = engine
+                self.restarts += 1
+                say(f"the new engine on {engine.device} is ready")
+                return engine
 
-    async def _request(self, engine: Engine, prompt: dict, params, priority: int):
-        """The final output of a request; a lower priority goes first."""
-        stream = engine.llm.generate(prompt, params, str(next(self.requests)), priority=priority)
-        return [output async for output in stream][-1]
+    def _name(self) -> str:
+        return str(next(self.requests))
 
     @contextlib.contextmanager
     def _in_flight(self, engine: Engine, n: int) -> Iterator[None]:
@@ -240,50 +240,3 @@ class Searcher:
             engine.in_flight -= n
             if not any(e.in_flight for e in self.engines):
                 self._busy, self._busy_since = self.busy_seconds, None
-
-
-def die_with_parent() -> None:
-    """Let Linux end this process when the one that started it ends, however that does."""
-    PR_SET_PDEATHSIG = 1  # sent when the thread that started this process ends
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def _environment(cores: set[int] | None, engines: int) -> Iterator[None]:
-    """What vLLM and the processes it starts read from the environment.
-
-    On the CPU the engines are confined to their cores, which they share evenly, so that the trainer keeps its own.
-    """
-    wanted = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
-    before = os.sched_getaffinity(0)
-    if cores is not None:
-        wanted |= {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # allows the executor "uni" on the CPU
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": str(max(1, len(cores) // engines)),
-        }
-        os.sched_setaffinity(0, cores)
-    saved = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-        for name, value in saved.items():
-            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
-
-
-@contextlib.contextmanager
-def _output_to(path: Path) -> Iterator[None]:
-    """Send standard output and error to a file, those of the processes started meanwhile for good."""
-    with path.open("a") as file:
-        saved = os.dup(1), os.dup(2)
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(saved[0], 1)
-            os.dup2(saved[1], 2)
-            os.close(saved[0])
-            os.close(saved[1])

@@ -6,18 +6,21 @@ computation is bf16, and each decoder layer is compiled by itself; on the CPU al
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from buffer import Group, Trajectory
+from log import Failure, say
 from loss import Batch
 from models import load_settings
 from packing import Packed, pack
@@ -39,7 +42,10 @@ class Trainer:
         micro_batch_tokens: a forward pass holds whole groups of at most so many tokens (one group may hold more).
         min_tokens: a response could not end before so many tokens: the policy is the model without that possibility.
         end_token: the tokenizer's, which ends a response as the model's own do.
-        checkpoint_dir: go on from this folder, written by `save`.
+        checkpoint_dir: go on from this folder, written by what `snapshot` returns.
+
+    Raises:
+        Failure: the device has too little memory.
     """
 
     def __init__(
@@ -60,11 +66,20 @@ class Trainer:
         self.on_policy, self.max_grad_norm, self.micro_batch_tokens = on_policy, max_grad_norm, micro_batch_tokens
         self.min_tokens = min_tokens
         compute = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.policy = load_model(checkpoint_dir or model, torch.float32, device)
+        reset = checkpoint_dir and (checkpoint_dir / "reference").is_dir()
+        try:
+            self.policy = load_model(checkpoint_dir or model, torch.float32, device)
+            reference = load_model(checkpoint_dir / "reference" if reset else model, torch.float32, device)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise Failure(
+                f"out of memory on {device} while loading policy and reference: choose a smaller --model, another "
+                "--train-device, or lower --gpu-memory-utilization where an engine shares it"
+            ) from None
         own = self.policy.generation_config.eos_token_id
         self.end_tokens = list({end_token, *(own if isinstance(own, list) else [own])} - {None})
-        self.ref_version = int(bool(checkpoint_dir) and (checkpoint_dir / "reference").is_dir())  # resets so far
-        reference = load_model(checkpoint_dir / "reference" if self.ref_version else model, torch.float32, device)
+        self.ref_version = 0  # resets so far
         self.reference = lighten(reference, compute)
         self.flex = self.policy.config._attn_implementation == "flex_attention"
         self.reference.requires_grad_(False)
@@ -75,6 +90,7 @@ class Trainer:
                     layer.compile()
         self.autocast = torch.autocast("cuda", compute) if device.type == "cuda" else contextlib.nullcontext()
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+        self.stepping = False  # the weights are being changed
         self.staging: Staging | None = None
         if checkpoint_dir:
             self._load_optimizer(checkpoint_dir)
@@ -125,10 +141,39 @@ class Trainer:
     def update(self, groups: list[Group], beta: float, lr: float, gamma: float = 1.0) -> dict[str, float]:
         """One optimiser step on B groups of K responses; the reference's log-probabilities count by 1/gamma.
 
+        There is no step where the loss or the gradient is not finite. Where memory runs out, micro-batches are halved
+        for good.
+
         Returns:
             loss; kl, the mean of log pi_theta - log pi_ref in nats a response; entropy, the mean of the next token's in
             nats; grad_norm, before clipping; tokens, how many the policy read.
+
+        Raises:
+            Failure: a single group takes more memory than there is.
         """
+        while True:
+            try:
+                return self._update(groups, beta, lr, gamma)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+            # Here the exception is gone, and with it the tensors that its traceback held.
+            self.stepping = False
+            self.optimizer.zero_grad()
+            for weight in [weight for weight, state in self.optimizer.state.items() if len(state) < 3]:
+                del self.optimizer.state[weight]  # half made: the first step came to nothing
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            largest = max(map(packed_tokens, groups))
+            if self.micro_batch_tokens < largest:
+                raise Failure(
+                    f"out of memory on {self.device} in an update, on a single group of {largest} tokens: lower "
+                    "--responses-per-prompt or --max-tokens, or --gpu-memory-utilization where an engine shares it"
+                )
+            self.micro_batch_tokens //= 2
+            say(f"out of memory in an update: it is made again with --micro-batch-tokens {self.micro_batch_tokens}")
+
+    def _update(self, groups: list[Group], beta: float, lr: float, gamma: float) -> dict[str, float]:
         self.score_reference(groups)
         totals, tokens, read = torch.zeros(3, device=self.device), 0, 0
         for micro in micro_batches(groups, self.micro_batch_tokens):
@@ -142,12 +187,15 @@ class Trainer:
             tokens += len(entropy_N)
             read += batch.read
         grad_norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
-        self.optimizer.param_groups[0]["lr"] = lr
-        if self.staging:
-            self.staging.order_before_write()
-        self.optimizer.step()
+        loss, kl, entropy, grad_norm = torch.cat([totals, grad_norm[None]]).tolist()
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.optimizer.param_groups[0]["lr"] = lr
+            if self.staging:
+                self.staging.order_before_write()
+            self.stepping = True
+            self.optimizer.step()
+            self.stepping = False
         self.optimizer.zero_grad()
-        loss, kl, entropy, grad_norm = [*totals.tolist(), float(grad_norm)]
         return {"loss": loss, "kl": kl, "entropy": entropy / tokens, "grad_norm": grad_norm, "tokens": read}
 
     def _batch(self, groups: list[Group], packed: Packed, logprobs_N: Tensor) -> Batch:
@@ -164,13 +212,13 @@ class Trainer:
         rewards_U = torch.tensor(rewards, dtype=torch.float32, device=self.device)  # whole numbers too
         return Batch(*(packed.padded(each)[index_BK] for each in per_token), rewards_U[index_BK])
 
-    def publish(self, tokens: np.ndarray) -> np.ndarray:
+    def publish(self, tokens: np.ndarray, version: int) -> np.ndarray:
         """Copy the policy's weights to where the engines take them from.
 
         Returns:
             What this policy gives the tokens, as `probe` does: the engines are to give the same.
         """
-        self.staging.fill(self.policy)
+        self.staging.fill(self.policy, version)
         return self.probe(tokens)
 
     def export(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -178,24 +226,46 @@ class Trainer:
         self.policy.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write a checkpoint: the policy as a Hugging Face folder, beside it the optimiser, and the reference where it
-        was reset."""
-        unfinished = folder.with_name(folder.name + ".tmp")
-        self.export(unfinished, tokenizer)
-        if self.ref_version:
-            self.reference.save_pretrained(unfinished / "reference")
+    def snapshot(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[Path], None]:
+        """A copy of policy, optimiser and, where it was reset, reference, in the host's memory; what is returned writes
+        it to a folder: the policy as a Hugging Face folder, the others beside it."""
+        policy = copied(self.policy.state_dict())
+        reference = copied(self.reference.state_dict()) if self.ref_version else None
         state = self.optimizer.state_dict()["state"]
-        moments = {f"{i}.{name}": tensor for i, tensors in state.items() for name, tensor in tensors.items()}
-        save_file({name: tensor.contiguous() for name, tensor in moments.items()}, unfinished / "optimizer.safetensors")
-        unfinished.rename(folder)
+        moments = copied({f"{i}.{name}": tensor for i, each in state.items() for name, tensor in each.items()})
+        resets = {"ref_version": str(self.ref_version)}
+
+        def write(folder: Path) -> None:
+            self.policy.save_pretrained(folder, state_dict=policy)
+            tokenizer.save_pretrained(folder)
+            if reference is not None:
+                self.reference.save_pretrained(folder / "reference", state_dict=reference)
+            save_file(moments, folder / "optimizer.safetensors", metadata=resets)
+
+        return write
 
     def _load_optimizer(self, folder: Path) -> None:
         state: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in load_file(folder / "optimizer.safetensors").items():
-            index, name = key.split(".")
-            state.setdefault(int(index), {})[name] = tensor
+        with safe_open(folder / "optimizer.safetensors", "pt") as file:
+            self.ref_version = int(file.metadata()["ref_version"])
+            for key in file.keys():  # noqa: SIM118
+                index, name = key.split(".")
+                state.setdefault(int(index), {})[name] = file.get_tensor(key)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+
+
+def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in the host's memory; names that share a tensor share its copy."""
+    copies: dict[int, Tensor] = {}
+    for tensor in tensors.values():
+        if tensor.data_ptr() not in copies:
+            copies[tensor.data_ptr()] = tensor.detach().to("cpu", copy=True).contiguous()
+    return {name: copies[tensor.data_ptr()] for name, tensor in tensors.items()}
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether that is what went wrong, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def load_tokenizer(model: str) -> tuple[PreTrainedTokenizerBase, int]:
@@ -235,18 +305,6 @@ def lighten(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         if isinstance(module, nn.Linear) and module.weight is not embedding:  # tied, it is read as an embedding too
             module.to(dtype)
     return model
-
-
-def newest_checkpoint(out: Path) -> tuple[Path, int]:
-    """A run's newest checkpoint and the step it was made at.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = {int(folder.name.removeprefix("step-")): folder for folder in out.glob("checkpoints/step-*[0-9]")}
-    if not found:
-        raise ValueError(f"resume is {str(out)!r}: it must be a run that saved checkpoints (--save-every)")
-    return found[max(found)], max(found)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -51,6 +51,7 @@ class Task:
     """
 
     Settings: type[Config] = Config
+    best = "pass@1"  # the figure of `evaluate` that tells the best checkpoint, the higher the better
     evaluation_logprobs = False  # whether `evaluate` reads the samples' `logprobs`
 
     def __init__(self, config: Config, tokenizer):

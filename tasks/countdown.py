@@ -61,6 +61,7 @@ class Task(tasks.Task):
         eval_every: int = 600
         eval_prompts: int = 400
         eval_samples: int = 8
+        save_every: int = 600
 
     def __init__(self, config: Config, tokenizer):
         super().__init__(config, tokenizer)

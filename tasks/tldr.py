@@ -59,6 +59,7 @@ class Task(tasks.Task):
         eval_samples: int = 1
         save_every: int = 64
 
+    best = "win_rate"
     evaluation_logprobs = True
 
     def __init__(self, config: Config, tokenizer):

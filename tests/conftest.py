@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.runs import FEWER, nothing_is_left
+
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"  # real rows, where they lie beside the project
 
 
@@ -18,12 +20,23 @@ def made_up(n: int) -> str:
 
 
 @pytest.fixture
-def main(monkeypatch, capfd):
+def few_problems(monkeypatch):
+    """Countdown has few, which are made at once."""
+    from tasks import countdown
+
+    for split, count in FEWER.items():
+        monkeypatch.setitem(countdown.PROBLEMS, split, count)
+
+
+@pytest.fixture
+def main(monkeypatch, capfd, few_problems):
     """The command, run in this process, which spares it importing everything: gives its code, output and errors."""
     import tba
 
     def run(*arguments) -> SimpleNamespace:
         monkeypatch.setattr(sys, "argv", ["tba.py", *map(str, arguments)])
+        for name in ("stdout", "stderr"):  # are restored at the end
+            monkeypatch.setattr(sys, name, getattr(sys, name))
         capfd.readouterr()
         code = tba.main()
         return SimpleNamespace(code=code, **capfd.readouterr()._asdict())
@@ -89,7 +102,7 @@ def make_model(tmp_path_factory, tokenizer):
         pad = 1 if architecture == "roberta" else end
         config = AutoConfig.for_model(
             architecture, vocab_size=len(tokenizer), tie_word_embeddings=tie, bos_token_id=None, eos_token_id=end,
-            pad_token_id=pad, **sizes[architecture], **settings,
+            pad_token_id=pad, **sizes[architecture] | settings,
         )  # fmt: skip
         folder = tmp_path_factory.mktemp(architecture)
         model = getattr(transformers, f"AutoModel{kind}").from_config(config)
@@ -137,3 +150,20 @@ def redteam_models(make_model) -> dict[str, str]:
         "classifier": str(make_model("roberta", kind="ForSequenceClassification", id2label=labels)),
         "embedder": str(make_model("bert", kind="")),
     }
+
+
+@pytest.fixture
+def nothing_left():
+    with nothing_is_left():
+        yield
+
+
+@pytest.fixture(scope="session")
+def embedded(tmp_path_factory):
+    """A user's cache folder that holds an embedded model, warmed up for a few seconds only."""
+    import tasks.countdown as countdown
+
+    cache = tmp_path_factory.mktemp("cache")
+    folder = tmp_path_factory.mktemp("embedded")
+    countdown.warm_up(folder, seed=0, numbers=3, steps=60)
+    return {"XDG_CACHE_HOME": str(cache)}, folder

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -209,3 +210,52 @@ def test_what_is_not_newest_data_is_only_replayed():
     assert not buffer.prompts[0].newest and list(buffer.recent) == [1] and buffer.arrived == {1}
     assert {g.responses[0] for g in buffer.sample(2, 1, on_policy_prob=1.0)} == {shown, found}
     assert all(g.responses == [found] for _ in range(20) for g in buffer.sample(1, 1, on_policy_prob=1.0))
+
+
+# ---- limits of the whole ----
+
+
+def test_beyond_the_limit_the_oldest_of_all_leaves_and_a_prompt_with_its_last():
+    buffer = Buffer(limit=4)
+    groups = [group(i, response(), response()) for i in range(3)]
+    for each in groups[:2]:
+        buffer.add(each)
+    buffer.add(group(0, groups[0].responses[0]))  # said again: as young as that
+    buffer.add(groups[2])
+    assert (
+        len(buffer) == 4
+        and stored(buffer, 0) == [groups[0].responses[0]]
+        and stored(buffer, 1) == [groups[1].responses[1]]
+    )
+    buffer.add(group(3, response()))
+    assert sorted(buffer.seen) == [0, 2, 3] and 1 not in buffer.recent and 1 not in buffer.arrived
+    assert sorted(g.prompt_id for g in buffer.sample(3, 2, 0.5)) == [0, 2, 3]
+
+
+def test_bytes_are_limited_and_what_is_counted_is_what_is_taken():
+    def long() -> Trajectory:
+        tokens = np.random.default_rng(next(serial)).integers(0, 9, 200).astype(np.int32)
+        return Trajectory(tokens, True, 0.0, 0, np.zeros(200, np.float32), np.zeros(200, np.float32))
+
+    tracemalloc.start()
+    buffer = Buffer()
+    for i in range(500):
+        buffer.add(group(i, *(long() for _ in range(4))))
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 0.6 * buffer.nbytes < taken < 1.1 * buffer.nbytes
+    limited = Buffer(limit_bytes=100 * long().nbytes)
+    for i in range(60):
+        limited.add(group(i, *(long() for _ in range(4))))
+    assert len(limited) == 100 and limited.nbytes == 100 * long().nbytes and len(limited.seen) == 25
+
+
+def test_a_batch_of_prompts_stays_whatever_the_limit():
+    buffer = Buffer(limit=3, least=5)
+    for _ in range(3):
+        for i in range(5):
+            buffer.add(group(i, response(), response()))
+    assert len(buffer) == 5 and len(buffer.sample(5, 2, 0.0)) == 5
+    for i in range(5, 30):
+        buffer.add(group(i, response(), response()))
+    assert len(buffer) == 5 == len(buffer.seen)

@@ -91,7 +91,16 @@ def test_resume_takes_the_runs_settings(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(settings))
     resumed = parse(["--resume", str(tmp_path), "--steps", "9"])
     assert (resumed.steps, resumed.search_devices, resumed.out) == (9, ("cpu",), str(tmp_path))
-    assert (resumed.sync_every, parse(["--resume", str(tmp_path), "--strict"]).sync_every) == (2, 1)
+    again = ["--steps", "7", "--search-devices", "cpu"]  # the same command
+    resumed = parse(["--resume", "auto", "--out", str(tmp_path), *again])
+    assert dataclasses.replace(resumed, out="", resume="") == parse(again)
+    for flags, complaint in (
+        (["--lr", "1"], "lr was 0.0001 in .*, and is 1.0 now: it cannot change .* --model .*/model"),
+        (["--numbers", "4"], "numbers was 3 in"),
+        (["--strict"], "strict was False in"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            parse(["--resume", str(tmp_path), *flags])
     with pytest.raises(ValueError, match=r"does not fit .task was 'countdown', and is 'math' now"):
         parse(["--resume", str(tmp_path), "--task", "math"])
     with pytest.raises(ValueError, match="out is 'elsewhere'"):
@@ -99,6 +108,28 @@ def test_resume_takes_the_runs_settings(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(settings | {"unknown": 1}))
     with pytest.raises(ValueError, match=r"does not fit .*unknown"):
         parse(["--resume", str(tmp_path)])
+
+
+def test_resume_auto_goes_on_with_the_newest_run_of_the_task_or_begins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert (parse(["--resume", "auto"]).out, parse(["--resume", "auto", "--out", "new"]).out) == ("", "new")
+    settings = dataclasses.asdict(parse([]))
+    for name in ("countdown-20260101-000000", "countdown-20260102-000000", "gsm8k-20270101-000000", "mine"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.json").write_text(json.dumps(settings))
+    assert parse(["--resume", "auto"]).out == "runs/countdown-20260102-000000"
+    assert parse(["--resume", "auto", "--out", "runs/mine"]).out == "runs/mine"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(ValueError, match="out is 'other'"):
+        parse(["--resume", "auto", "--out", "other"])
+    with pytest.raises(ValueError, match=r"resume is 'other': .*other/config.json does not exist"):
+        parse(["--resume", "other"])
+
+
+def test_the_buffer_holds_a_batch():
+    with pytest.raises(ValueError, match=r"buffer_responses is 255: it must be at least .* 256"):
+        parse(["--buffer-responses", "255"])
 
 
 def test_a_flag_beats_the_task_which_beats_the_field():

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from bench import posterior
 from bench.posterior import BETA, PROMPTS, RESPONSES, RUNS, STALENESS, World, make_model, train
 
-CASES = [("policy", 0, 800), ("uniform", 0, 800), ("policy", 100, 1000)]
+CASES = [("policy", 0, 800), ("policy", 100, 700), ("uniform", 0, 500)]
 
 
 @pytest.fixture(scope="module")

@@ -1,25 +1,20 @@
 """The main job as a user runs it: the command in a process of its own, with real vLLM engines."""
 
-import contextlib
-import gc
 import itertools
 import json
 import os
 import re
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import weights
+from tests.runs import nothing_is_left, read, started
 
-PROJECT = Path(__file__).resolve().parents[1]
 FIELDS = {
     "step", "time", "loss", "reward", "kl", "entropy", "grad_norm", "lr", "beta", "age_mean", "age_max", "buffer_size",
     "search_tokens_per_s", "train_tokens_per_s", "search_idle", "train_idle", "sync_ms", "sync_diff_mean",
@@ -27,100 +22,23 @@ FIELDS = {
 }  # fmt: skip
 
 
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-MARK = f"TBA_TEST={os.getpid()}"  # in the environment of what these tests start, and of what that starts
-os.environ.update([MARK.split("="), ("SPT_NOENV", "1")])  # vLLM's process titles would overwrite it otherwise
-
-
-def read_of_processes(name: str) -> Iterator[tuple[int, bytes]]:
-    """(process, the file of that name in its folder of /proc) of all processes that may be read."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            yield int(folder.name), (folder / name).read_bytes()
-
-
-def processes() -> set[int]:
-    """The processes that these tests started and those started by them, but not Python's tracker of shared memory."""
-    marked = {process for process, environment in read_of_processes("environ") if MARK.encode() in environment}
-    return marked - {process for process, command in read_of_processes("cmdline") if b"resource_tracker" in command}
-
-
-def shared_memory() -> set[str]:
-    """What lies in shared memory and no process has mapped."""
-    names = {path.name for path in Path("/dev/shm").iterdir()}
-    mapped = b"".join(maps for _, maps in read_of_processes("maps"))
-    return {name for name in names if f"/dev/shm/{name}".encode() not in mapped}
-
-
-@contextlib.contextmanager
-def nothing_is_left() -> Iterator[None]:
-    """Nothing survives the program: no engine process, no shared memory. (Python's tracker ends a little later.)"""
-    before = processes(), shared_memory()
-    yield
-    gc.collect()  # what this process, where it was the program, has done with
-    deadline = time.monotonic() + 10
-    while (left := processes() - before[0] or shared_memory() - before[1]) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not left
-
-
-@pytest.fixture
-def nothing_left():
-    with nothing_is_left():
-        yield
-
-
-@contextlib.contextmanager
-def started(arguments: list[str]) -> Iterator[subprocess.Popen]:
-    """A run that hears Ctrl-C, though the tests may have been started in the background, where shells silence it."""
-    process = subprocess.Popen(
-        arguments,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def command(*arguments) -> list[str]:
-    return [sys.executable, str(PROJECT / "tba.py"), *map(str, arguments)]
-
-
-@pytest.fixture(scope="module")
-def embedded(tmp_path_factory):
-    """A user's cache folder that holds an embedded model, warmed up for a few seconds only."""
-    import tasks.countdown as countdown
-
-    cache = tmp_path_factory.mktemp("cache")
-    folder = tmp_path_factory.mktemp("embedded")
-    countdown.warm_up(folder, seed=0, numbers=3, steps=60)
-    return {"XDG_CACHE_HOME": str(cache)}, folder
-
-
 @pytest.fixture(scope="module")
 def short_run(embedded, tmp_path_factory):
     """A run of 60 updates."""
     out = tmp_path_factory.mktemp("runs") / "short"
-    arguments = command(
+    arguments = (
         "--model", embedded[1], "--out", out, "--steps", 60, "--prime", 64, "--eval-prompts", 24, "--eval-every", 25,
         "--save-every", 40,
     )  # fmt: skip
-    with nothing_is_left():
-        done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return out, done
+    with nothing_is_left(), started(*arguments) as run:
+        run.process.join(200)
+        said = run.said()
+    assert run.process.exitcode == 0, said
+    return out, said
 
 
 def test_what_a_run_leaves(short_run):
-    out, done = short_run
+    out, said = short_run
     rows = read(out / "metrics.jsonl")
     updates = [row for row in rows if "loss" in row]
     assert [row["step"] for row in updates] == list(range(1, 61))
@@ -137,9 +55,12 @@ def test_what_a_run_leaves(short_run):
     samples = read(out / "samples.jsonl")
     assert len(samples) == 60 and len(samples[0]["responses"]) == 16
     assert json.loads((out / "config.json").read_text())["steps"] == 60
-    assert "pass@1" in done.stdout and str(out) in done.stdout
-    assert "Traceback" not in done.stderr
-    assert (out / "checkpoints" / "step-40" / "model.safetensors").is_file()
+    assert "pass@1" in said and str(out) in said and "Traceback" not in said
+    best = max(evaluations[1:], key=lambda row: (row["eval/pass@1"], row["step"]))["step"]
+    assert (out / "checkpoints" / "best").resolve().name == f"step-{best}"
+    kept = {folder.name for folder in (out / "checkpoints").iterdir()}
+    assert kept == {"step-50", "step-60", f"step-{best}", "best"}  # of 25, 40, 50, 60
+    assert (out / "checkpoints" / "step-60" / "model.safetensors").is_file()
 
 
 def spans(out: Path, what: str) -> list[tuple[float, float]]:
@@ -243,82 +164,12 @@ def test_the_policy_loads_in_transformers_and_in_vllm_with_the_same_greedy_answe
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
-def test_resume_goes_on_after_the_newest_checkpoint(short_run, tmp_path, nothing_left, main):
-    out = shutil.copytree(short_run[0], tmp_path / "run")
-    done = main("--resume", out, "--steps", 64, "--eval-prompts", 0)
-    assert done.code == 0, done.err
-    updates = [row for row in read(out / "metrics.jsonl") if "loss" in row]
-    assert [row["step"] for row in updates] == list(range(1, 65))
-    assert all(a["time"] < b["time"] for a, b in itertools.pairwise(updates))
-    assert [row["step"] for row in read(out / "samples.jsonl")] == list(range(1, 65))
-
-
-@pytest.mark.parametrize("signalled", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_nothing_survives_a_signal(embedded, tmp_path, signalled, nothing_left):
-    out = tmp_path / "run"
-    arguments = command("--model", embedded[1], "--out", out, "--steps", 100_000, "--prime", 32, "--eval-prompts", 0)
-    with started(arguments) as process:
-        deadline = time.monotonic() + 120
-        while not ((out / "metrics.jsonl").is_file() and len(read(out / "metrics.jsonl")) > 5):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.2)
-        process.send_signal(signalled)
-        stdout, stderr = process.communicate(timeout=30)
-    if signalled == signal.SIGKILL:
-        return
-    assert process.returncode == 128 + signalled
-    assert "stopped at step" in stdout and "Traceback" not in stderr
-    assert (out / "model" / "model.safetensors").is_file()
-
-
-@pytest.mark.parametrize("signalled", [signal.SIGINT, signal.SIGKILL])
-def test_an_engine_that_is_starting_does_not_outlive_the_program(embedded, tmp_path, signalled, nothing_left):
-    before = processes()
-    arguments = command("--model", embedded[1], "--out", tmp_path / "run", "--eval-prompts", 0)
-    with started(arguments) as process:
-        deadline = time.monotonic() + 60
-        while not (engines := processes() - before - {process.pid}):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.1)
-        time.sleep(2)
-        process.send_signal(signalled)
-        process.wait(timeout=20)
-    assert engines and process.returncode == (130 if signalled == signal.SIGINT else -signal.SIGKILL)
-
-
-def test_strict_takes_turns_and_every_batch_is_on_policy(embedded, tmp_path, nothing_left, main, monkeypatch):
-    """With an objective that asks vLLM for log-probabilities, a reference that is reset, and a reward easy to get."""
-    out = tmp_path / "run"
-    monkeypatch.setattr("tasks.countdown.reward", lambda text, answer: text.count("1"))
-    done = main(
-        "--model", embedded[1], "--out", out, "--steps", 12, "--strict", "--loss", "grpo", "--reference-reset", 5,
-        "--eval-prompts", 8, "--eval-every", 6, "--check-sync", "--lr", 1e-3,
-    )  # fmt: skip
-    assert done.code == 0, done.err
-    rows = read(out / "metrics.jsonl")
-    updates = [row for row in rows if "loss" in row]
-    assert [row["step"] for row in updates] == list(range(1, 13))
-    assert all(row["age_mean"] == row["age_max"] == 0 for row in updates)
-    assert [row["step"] for row in rows if "eval/pass@1" in row] == [0, 6, 12]
-    work = sorted(spans(out, "search")), sorted(spans(out, "train")), sorted(spans(out, "sync"))
-    assert [len(each) for each in work] == [12 * 16, 12, 12]
-    for i, (begin, end) in enumerate(work[1]):
-        turn = work[0][16 * i : 16 * (i + 1)]
-        assert max(e for _, e in turn) <= begin and end <= work[2][i][0]
-        assert i == 0 or work[2][i - 1][1] <= min(s for s, _ in turn)
-    kl = [abs(row["kl"]) for row in updates]
-    assert max(kl[0], kl[5], kl[10]) < 1e-5 < 1e-3 < min(kl[4], kl[9])  # the reference is the policy, and is not
-    # On-policy the ratios are 1 and the advantages add up to 0: GRPO's loss is its penalty, 0 where they are the same.
-    assert all(abs(updates[i]["loss"]) < 1e-4 for i in (0, 5, 10))
-    assert updates[-1]["lr"] == 0
-
-
 def test_a_sync_that_went_wrong_stops_the_run(embedded, tmp_path, nothing_left, main, monkeypatch):
     """From the fourth copy on, one weight of the staged ones is spoiled."""
     out, copies = tmp_path / "run", []
 
-    def spoil(staging, model, fill=weights.Staging.fill):
-        fill(staging, model)
+    def spoil(staging, *arguments, fill=weights.Staging.fill):
+        fill(staging, *arguments)
         copies.append(1)
         if len(copies) >= 4:
             next(weight for name, weight in staging.views if "down_proj" in name).view(-1)[7] += 5.0

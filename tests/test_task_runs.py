@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_run import PROJECT, command, embedded, nothing_left, read  # noqa: F401
+from tests.runs import PROJECT, command, read
 
 SMALL = (
     "--steps", 6, "--prompts-per-step", 2, "--responses-per-prompt", 4, "--search-responses", 4, "--prime", 8,
@@ -56,7 +56,7 @@ def test_countdown_shows_its_prompt_without_making_its_model(make_model, tmp_pat
     assert re.search(r"<user>\nUsing each of the numbers .*</answer>.\n<assistant>\n\n$", asked, re.DOTALL)
 
 
-def test_gsm8k(gsm8k, make_model, tmp_path, nothing_left, dry, finished):  # noqa: F811
+def test_gsm8k(gsm8k, make_model, tmp_path, nothing_left, dry, finished):
     out = tmp_path / "run"
     folders = ("--task", "gsm8k", "--model", make_model("llama", True), "--data", gsm8k, "--out", out)
     shown = dry(*folders)
@@ -70,7 +70,7 @@ def test_gsm8k(gsm8k, make_model, tmp_path, nothing_left, dry, finished):  # noq
     assert rows[0]["lr"] < rows[1]["lr"] and rows[-1]["lr"] < rows[3]["lr"]
 
 
-def test_math(make_model, tmp_path, nothing_left, dry, finished):  # noqa: F811
+def test_math(make_model, tmp_path, nothing_left, dry, finished):
     data, out = tmp_path / "data", tmp_path / "run"
     data.mkdir()
     for split in ("train", "test"):
@@ -84,7 +84,7 @@ def test_math(make_model, tmp_path, nothing_left, dry, finished):  # noqa: F811
     assert read(out / "samples.jsonl")[0]["prompt"].endswith("\n<assistant>\n")
 
 
-def test_tldr(tldr, tldr_models, tmp_path, nothing_left, dry, finished):  # noqa: F811
+def test_tldr(tldr, tldr_models, tmp_path, nothing_left, dry, finished):
     policy, judge = tldr_models
     out = tmp_path / "run"
     folders = (
@@ -99,7 +99,7 @@ def test_tldr(tldr, tldr_models, tmp_path, nothing_left, dry, finished):  # noqa
     assert -1.0 in rewards  # cut off
 
 
-def test_redteam(redteam_models, tmp_path, nothing_left, dry):  # noqa: F811
+def test_redteam(redteam_models, tmp_path, nothing_left, dry):
     """In a process of its own, at whose end Python frees what an engine that loads weights leaves in shared memory."""
     out = tmp_path / "run"
     folders = ["--task", "redteam", "--out", out]
@@ -121,7 +121,7 @@ def test_redteam(redteam_models, tmp_path, nothing_left, dry):  # noqa: F811
     assert max(rewards) < 0 and len(set(rewards)) > 10  # logarithms, of the victim's own replies
 
 
-def test_the_task_in_the_readme(make_model, tmp_path, nothing_left, dry, finished):  # noqa: F811
+def test_the_task_in_the_readme(make_model, tmp_path, nothing_left, dry, finished):
     """Exactly that text, of at most 30 lines."""
     text = re.search(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(), re.DOTALL)[1]
     assert len(text.splitlines()) <= 30
@@ -152,7 +152,7 @@ class Task(tasks.Task):
 """
 
 
-def test_one_demonstration_of_what_the_policy_never_finds_is_learned(embedded, tmp_path, nothing_left, finished):  # noqa: F811
+def test_one_demonstration_of_what_the_policy_never_finds_is_learned(embedded, tmp_path, nothing_left, finished):
     """Two prompts whose right response is never found by itself; one is demonstrated, which every update then has."""
     path, seed, out = tmp_path / "shown.py", tmp_path / "seed.jsonl", tmp_path / "run"
     path.write_text(SHOWN)

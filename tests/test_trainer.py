@@ -1,7 +1,9 @@
 """Packed log-probabilities are those of plain rows, and an update is the same however it is cut."""
 
 import dataclasses
+import resource
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import packing
 import trainer as trainer_module
 from buffer import Group, Trajectory
+from log import Failure
 from loss import OBJECTIVES, tb
 from packing import pack
 from trainer import Trainer, lighten, packed_tokens
@@ -321,7 +324,7 @@ def test_a_checkpoint_has_the_reference_that_was_reset(make_model, tokenizer, tm
     trainer.reset_reference()
     trainer.update(groups, 0.1, 1e-3)
     for name in ("step-2", "step-3"):  # also when it is saved again after it was loaded
-        trainer.save(tmp_path / name, tokenizer)
+        trainer.snapshot(tokenizer)(tmp_path / name)
         trainer = Trainer(folder, tb, "cpu", checkpoint_dir=tmp_path / name)
     fresh = make_groups(len(tokenizer))
     trainer.score_reference(groups), trainer.score_reference(fresh)
@@ -353,6 +356,61 @@ def test_gradient_is_clipped_and_reported_before_clipping(make_model, tokenizer)
     assert seen["free"] == pytest.approx(reported, rel=1e-3)
 
 
+def test_an_update_that_runs_out_of_memory_is_made_again_in_halves(make_model, tokenizer, capfd):
+    """The process may take 400 MiB more, where the whole update takes 1.5 GiB; then none at all."""
+    folder, rng = str(make_model("llama", False)), np.random.default_rng(0)
+
+    def response(length: int) -> Trajectory:
+        return Trajectory(rng.integers(0, len(tokenizer), length).astype(np.int32), True, float(rng.random()), 0)
+
+    groups = [Group(i, np.arange(8, dtype=np.int32), [response(150) for _ in range(8)]) for i in range(16)]
+    free, short = Trainer(folder, tb, "cpu"), Trainer(folder, tb, "cpu", micro_batch_tokens=20_000)
+    free.micro_batch_tokens = 2500
+    free.update(groups, 0.1, 1e-3)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+
+    def with_room(mebibytes: int, groups: list[Group]) -> dict[str, float]:
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + mebibytes * 2**20, limits[1]))
+        try:
+            return short.update(groups, 0.1, 1e-3)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
+
+    with_room(400, groups)
+    assert 1208 <= short.micro_batch_tokens <= 10_000
+    assert capfd.readouterr().out.count(f"--micro-batch-tokens {short.micro_batch_tokens}") == 1
+    for mine, other in zip(short.policy.parameters(), free.policy.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-4, rtol=0)
+    before = [weight.clone() for weight in short.policy.parameters()]
+    long = [Group(0, np.arange(8, dtype=np.int32), [response(900) for _ in range(6)])]
+    with pytest.raises(Failure, match=r"on a single group of 5408 tokens: lower --responses-per-prompt"):
+        with_room(0, long)
+    assert all(torch.equal(a, b) for a, b in zip(before, short.policy.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "one token"])
+def test_an_update_that_is_not_finite_is_not_made(make_model, tokenizer, where):
+    trainer, groups = Trainer(str(make_model("llama", False)), tb, "cpu"), make_groups(len(tokenizer))
+    trainer.update(groups, 0.1, 1e-3)
+    before = [weight.clone() for weight in trainer.policy.parameters()]
+
+    def spoiled(batch, beta):
+        if where == "gradient":
+            batch.logprobs_BKT.register_hook(lambda gradient: gradient * float("inf"))
+        return tb(batch, beta) * (float("nan") if where == "loss" else 1)
+
+    trainer.objective = spoiled
+    if where == "one token":
+        groups[1].responses[2].ref_logprobs[0] = -np.inf
+    figures = trainer.update(groups, 0.1, 1e-3)
+    assert not (np.isfinite(figures["loss"]) and np.isfinite(figures["grad_norm"]))
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.policy.parameters(), strict=True))
+    trainer.objective = tb
+    figures = trainer.update(make_groups(len(tokenizer)), 0.1, 1e-3)  # nothing of it is left
+    assert np.isfinite(figures["grad_norm"]) and not torch.equal(before[0], next(trainer.policy.parameters()))
+
+
 def test_updates_reach_the_posterior_of_the_responses_at_hand(make_model, tokenizer):
     """On one group TB's optimum is log pi - log pi_ref = r/beta up to a constant: the loss goes to 0."""
     trainer = Trainer(str(make_model("llama", False)), tb, "cpu", max_grad_norm=1e9)
@@ -371,10 +429,11 @@ def test_a_checkpoint_goes_on_where_it_was_made(make_model, tokenizer, tmp_path)
     folder = str(make_model("llama", False))
     trainer, groups = Trainer(folder, tb, "cpu"), make_groups(len(tokenizer))
     trainer.update(groups, 0.1, 1e-3)
-    trainer.save(tmp_path / "step-1", tokenizer)
-    resumed = Trainer(folder, tb, "cpu", checkpoint_dir=tmp_path / "step-1")
-    torch.testing.assert_close(parameters_after(resumed, groups), parameters_after(trainer, groups), atol=1e-7, rtol=0)
-    assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+    write = trainer.snapshot(tokenizer)
+    later = parameters_after(trainer, groups)  # training goes on while it is written
+    write(tmp_path)
+    resumed = Trainer(folder, tb, "cpu", checkpoint_dir=tmp_path)
+    torch.testing.assert_close(parameters_after(resumed, groups), later, atol=1e-7, rtol=0)
 
 
 def test_where_a_response_could_not_end_the_rest_shares_its_probability(make_model, tokenizer, monkeypatch):

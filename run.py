@@ -1,0 +1,592 @@
+"""A run: search and training side by side, in one process.
+
+    tasks/ --prompts--> searcher.py --responses--> scoring.py --groups--> buffer.py --batches--> trainer.py --> loss.py
+                        (vLLM engines) <------------------- weights.py, every k updates ------------'
+
+Four coroutines share what `Run` holds: `search` keeps the engines full and fills the buffer; `train` updates the policy
+and never waits for search; `sync` carries weights to the engines while both go on; `evaluate` asks the same engines.
+With --strict `take_turns` stands for the first three. `watch.py` says what is awaited where nothing moves.
+When one fails, or on Ctrl-C, all end, in this order: search and sync are cancelled, the update under way ends, a
+checkpoint and the policy are saved, the task and the engines are shut down, the files are closed, the error is shown.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import inspect
+import itertools
+import json
+import math
+import random
+import time
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+import checkpoint
+import tasks
+from buffer import EVICTION, NEAR_DUPLICATE, REPLAY, Buffer, Group, Trajectory
+from config import Config, begun
+from data import Order, Prompt, demonstrations, encode
+from log import Failure, Log, printable, say
+from loss import OBJECTIVES
+from scoring import Scorer
+from searcher import Response, Searcher
+from watch import Watch
+
+PROBE_TOKENS = 64  # on which engines and trainer are compared after each sync
+RESPONSE, UPDATE = "response has arrived", "update has ended"  # what is watched for
+BAD_UPDATES = 10  # in a row, whose loss or gradient is not finite: the run ends
+
+# What imports torch or vLLM is imported where it is first needed, so that --help and bad input are answered at once.
+
+
+class Finished(Exception):
+    """Nothing is left to do; says so."""
+
+
+class Run:
+    """What the coroutines of a run share, and the coroutines.
+
+    Args:
+        config: the settings.
+
+    Raises:
+        ValueError: the model or the data is not there or not as it must be; says what and where.
+        Finished: --resume auto finds a run that has ended.
+    """
+
+    def __init__(self, config: Config):
+        from transformers.utils.logging import disable_progress_bar
+
+        from machine import cores, devices, pin
+        from trainer import load_tokenizer
+
+        disable_progress_bar()
+
+        self.config, kind = config, tasks.load(config.task)
+        self.out = Path(config.out or f"runs/{Path(config.task).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+        self.train_device, self.search_devices = devices(config.train_device, config.search_devices)
+        self.model = kind.model(config)
+        self.tokenizer, longest = load_tokenizer(self.model)
+        self.task = kind(config, self.tokenizer)
+        if config.near_duplicates == "cosine" and kind.embed is tasks.Task.embed:
+            raise ValueError(f"near_duplicates is 'cosine': task {config.task} has no embeddings to compare by")
+        room = longest - config.max_tokens
+        self.prompts = encode(self.task.problems("train"), self.tokenizer, room)
+        if len(self.prompts) < config.prompts_per_step:
+            raise ValueError(f"prompts_per_step is {config.prompts_per_step}: there are {len(self.prompts)} problems")
+        test = self.task.problems("test")[: config.eval_prompts] if config.eval_prompts else []
+        self.test = encode(test, self.tokenizer, room) if test else []
+        self.demonstrations = {}
+        if config.seed_data:
+            self.demonstrations = demonstrations(
+                config.seed_data, self.prompts, self.tokenizer, config.min_tokens, config.max_tokens
+            )
+        self.buffer = Buffer(
+            config.capacity, EVICTION[config.evict], REPLAY[config.replay], config.seed,
+            NEAR_DUPLICATE[config.near_duplicates], config.near_duplicate_distance,
+            config.buffer_responses, config.buffer_gib * 2**30, config.prompts_per_step,
+        )  # fmt: skip
+        self.rng = random.Random(config.seed)  # of the order of problems, their temperatures and seeds
+        self.order = Order(len(self.prompts), self.rng)
+        self.scorer = Scorer(self.task.reward, config.reward_timeout)
+        self.scoring = asyncio.Semaphore(config.reward_concurrency)
+        self.step, self.before = 0, 0.0
+        self.searched = self.skipped = self.bad = 0  # responses; updates whose gradient was not finite; in a row
+        self.primed = asyncio.Event()
+        self.reward = 0.0  # mean over the responses that search found last
+        self.lock = self.resumed = None
+        if begun(config.resume, config.out):
+            self.lock = checkpoint.lock(self.out)
+            self.resumed = self.restored()  # from this checkpoint
+        self.published = self.first = self.step
+
+        # Torch works in a thread of its own, so that the event loop stays free.
+        train_cores, self.search_cores = cores()
+        self.train_thread = ThreadPoolExecutor(1, "train", pin, (train_cores,))
+        self.checkpoints = checkpoint.Checkpoints(self.out, config.keep)
+        self.watch = Watch(config.stall_seconds, self.awaited, RESPONSE, UPDATE)
+        self.stopped = 0  # the signal that ended the run
+        self.searcher = self.trainer = None
+        self.updated = asyncio.Event()  # just now
+        self.published_new = asyncio.Event()  # the staged weights are newer than the engines'
+        self.synced = asyncio.Event()  # no sync is under way: the staging tensor may be written
+        self.synced.set()
+        self.last_sync: dict[str, float] = {}  # figures of the last sync
+        self.held = 0  # coroutines that wait for training before they search
+        self.found: list[Trajectory] = []  # by search since the last update
+
+    def show(self) -> None:
+        """Print the settings and the first prompt."""
+        print(json.dumps(dataclasses.asdict(self.config), indent=2))
+        print(f"\ntraining on {self.train_device}, searching on {', '.join(self.search_devices)}")
+        print(f"{len(self.prompts)} training problems, {len(self.test)} test problems in an evaluation")
+        first = self.prompts[0]
+        print(f"the first prompt as the model sees it, {len(first.tokens)} tokens:\n\n{printable(first.text)}")
+
+    def open(self) -> None:
+        """Make the run's folder and begin its files.
+
+        Raises:
+            ValueError: it cannot be written.
+        """
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.lock = self.lock or checkpoint.lock(self.out)
+            checkpoint.tidy(self.out, self.step)
+            self.log = Log(self.out, self.config.steps, self.step, self.before)
+            scores = {step: figures.get(self.task.best, math.nan) for step, figures in self.log.evaluations.items()}
+            self.checkpoints.scores = {step: score for step, score in scores.items() if math.isfinite(score)}
+            checkpoint.write_text(
+                self.out / "config.json", json.dumps(dataclasses.asdict(self.config), indent=2) + "\n"
+            )
+        except OSError as error:
+            raise ValueError(f"out is {str(self.out)!r}: it must be a folder that can be written ({error})") from None
+
+    async def main(self) -> None:
+        """The run from start to end."""
+        try:
+            await self.start()
+            await self.seed()
+            async with asyncio.TaskGroup() as group:
+                self.group, self.evaluation = group, group.create_task(asyncio.sleep(0))
+                background = [group.create_task(self.watch.run())]
+                if not self.step or self.evaluation_due:
+                    await self.evaluate()
+                self.log.start_clock()
+                if self.config.strict:
+                    await self.take_turns()
+                else:
+                    background += [group.create_task(self.search()), group.create_task(self.sync())]
+                    await self.train()
+                    await self.synced.wait()
+                    for task in background[1:]:
+                        task.cancel()
+                await self.evaluation
+                if self.published < self.step:
+                    await self.publish()
+                    await self.load_published()
+                await self.evaluate()
+                background[0].cancel()
+        finally:
+            self.end()
+
+    async def start(self) -> None:
+        """Load the policy, start the engines, hand them its weights, and see that both agree."""
+        from trainer import Trainer
+        from weights import share
+
+        config, began = self.config, time.perf_counter()
+        say(f"training on {self.train_device}, searching on {', '.join(self.search_devices)}; starting vLLM ...")
+        tokens = max(len(prompt.tokens) for prompt in self.prompts + self.test) + config.max_tokens
+        # One after the other: on a GPU that they share, the engine counts what is in use when it starts.
+        self.trainer = await in_thread(
+            self.train_thread, Trainer, self.model, OBJECTIVES[config.loss], self.train_device,
+            config.temperature, config.on_policy, config.max_grad_norm, config.micro_batch_tokens,
+            config.min_tokens, self.tokenizer.eos_token_id, self.resumed,
+        )  # fmt: skip
+        self.searcher = searcher = Searcher(
+            self.search_devices, config.temperature, config.max_tokens, config.min_tokens
+        )
+        memory = {device: 0.4 if device == self.train_device else 0.9 for device in self.search_devices}
+        if config.gpu_memory_utilization:
+            memory = dict.fromkeys(memory, config.gpu_memory_utilization)
+        log = self.out / "engine.log"
+        await searcher.start(self.model, tokens, config.seed + self.step, memory, self.search_cores, log)
+        self.trainer.staging = await share(self.trainer.policy, searcher)
+        await self.task.start(self.search_devices, self.search_cores, log)
+        longest = max((prompt.tokens for prompt in self.prompts), key=len)
+        self.probe = np.resize(longest, min(PROBE_TOKENS, tokens - 1))  # repeated where it is shorter
+        await self.publish()
+        await self.load_published()
+        say(f"ready after {time.perf_counter() - began:.0f} s")
+
+    def awaited(self) -> str:
+        """What is under way, in a line."""
+        config, searcher, under_way = self.config, self.searcher, self.log.under_way
+        searching = [
+            f"{sum(engine.in_flight for engine in searcher.engines)} sequences are in flight",
+            f"the rewards of {len(self.order.out) - under_way['search']} prompts are awaited",
+            f"the buffer has {len(self.buffer)} responses to {len(self.buffer.prompts)} prompts",
+        ]
+        if any(engine.replacement for engine in searcher.engines):
+            searching.append("an engine that died is being replaced")
+        if self.held:
+            searching.append("search waits for training (--search-ahead)")
+        names = {"train": "an update", "sync": "a sync", "save": "a checkpoint", "evaluate": "an evaluation"}
+        training = [f"{name} is under way" for span, name in names.items() if under_way[span]]
+        if not self.primed.is_set() and not config.strict and not under_way["evaluate"]:
+            training.append(
+                f"training waits for {config.prime} responses to {config.prompts_per_step} prompts, and has "
+                f"{self.searched} to {len(self.buffer.prompts)}"
+            )
+        return ", ".join(searching + training)
+
+    # ---- search ----
+
+    async def search(self) -> None:
+        """Keep the engines full: as many prompts at a time as fit, each on its way from a request to the buffer."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(max(1, self.searcher.slots // self.config.search_responses)):
+                group.create_task(self.search_some(group))
+
+    async def search_some(self, group: asyncio.TaskGroup) -> None:
+        """One prompt after another; while the responses to one are scored, the next is searched."""
+
+        async def judge_and_keep(prompt_id: int, responses: list[Response], version: int) -> None:
+            self.keep(prompt_id, await self.judge(prompt_id, responses, version))
+
+        while True:
+            await self.room()
+            found = await self.search_prompt(next(self.order))
+            await self.scoring.acquire()
+            group.create_task(judge_and_keep(*found)).add_done_callback(lambda _: self.scoring.release())
+
+    async def room(self) -> None:
+        """Return when search is not too far ahead of training."""
+        config = self.config
+        batch = config.prompts_per_step * config.responses_per_prompt
+        self.held += 1
+        while True:
+            allowed = max(config.prime, batch) + config.search_ahead * batch * (self.step + 1)
+            if not self.primed.is_set() or self.searched + len(self.order.out) * config.search_responses < allowed:
+                break
+            await self.updated.wait()
+        self.held -= 1
+
+    async def search_prompt(self, prompt_id: int) -> tuple[int, list[Response], int]:
+        """The prompt, responses to it, and the version of the weights that began them."""
+        config, prompt = self.config, self.prompts[prompt_id]
+        temperature = self.rng.uniform(*config.search_temperatures) if config.search_temperatures else None
+        seed = self.rng.getrandbits(62) if config.strict else None  # a run can be repeated; it costs the engine time
+        with self.log.span("search"):
+            responses, version = await self.searcher.generate(
+                prompt.tokens, config.search_responses, temperature, not config.on_policy, seed
+            )
+        self.watch.saw(RESPONSE)
+        return prompt_id, responses, version
+
+    async def judge(self, prompt_id: int, responses: list[Response], version: int) -> Group | None:
+        """The responses with their rewards; those whose reward fails are dropped."""
+        prompt = self.prompts[prompt_id]
+        scored = await self.scorer(prompt.problem, self.read(responses))
+        if not scored:
+            return None
+        trajectories = [Trajectory(r.tokens, r.finished, r.reward, version, r.logprobs) for r in scored]
+        if self.config.near_duplicates == "cosine":
+            embeddings = await self.scorer.guarded(self.task.embed, scored, scored)
+            if embeddings is None:
+                return self.scorer.count(len(scored), len(scored))
+            for trajectory, embedding in zip(trajectories, embeddings, strict=True):
+                trajectory.embedding = embedding
+        return Group(prompt_id, prompt.tokens, trajectories)
+
+    def keep(self, prompt_id: int, group: Group | None) -> None:
+        """Store what a search found, if anything is left of it."""
+        if self.stopped:  # by a signal that a worker of the reward may have heard too
+            return
+        self.order.done(prompt_id)
+        if group:
+            self.buffer.add(group)
+            self.found += group.responses
+            self.searched += len(group.responses)
+            self.prime()
+
+    def prime(self) -> None:
+        """Let training begin, if there is enough to train on."""
+        if self.searched >= self.config.prime and len(self.buffer.prompts) >= self.config.prompts_per_step:
+            self.primed.set()
+
+    async def seed(self) -> None:
+        """Store the demonstrations of --seed-data; a resumed run has them."""
+        for prompt_id, responses in self.demonstrations.items():
+            if not self.resumed and (group := await self.judge(prompt_id, responses, version=0)):
+                self.buffer.add(group, newest=False)
+        if self.demonstrations and not self.resumed:
+            say(f"demonstrations in the buffer: {len(self.buffer)}")
+
+    def read(self, responses: list[Response]) -> list[Response]:
+        """The responses, with their texts."""
+        for response, text in zip(responses, self.texts(responses), strict=True):
+            response.text = text
+        return responses
+
+    def texts(self, responses: list) -> list[str]:
+        """The texts of responses or trajectories."""
+        return self.tokenizer.batch_decode([r.tokens for r in responses], skip_special_tokens=True)
+
+    # ---- train ----
+
+    async def train(self) -> None:
+        """Update the policy, one update after another; only the first waits, for the buffer to be primed."""
+        await self.primed.wait()
+        self.recorded, self.found = (self.log.time, self.searcher.busy_seconds), []
+        while not self.config.ended(self.step, self.log.time):
+            await whole(self.update())
+            if self.sync_due and self.synced.is_set():
+                self.synced.clear()
+                await self.publish()
+                self.published_new.set()
+            if self.evaluation_due and self.evaluation.done():  # one at a time: else this one is left out
+                self.evaluation = self.group.create_task(self.evaluate())
+
+    async def take_turns(self) -> None:
+        """Search B prompts, update the policy on what was found, sync, and so on: nothing at the same time."""
+        self.recorded = self.log.time, self.searcher.busy_seconds
+
+        async def find(prompt_id: int) -> Group | None:
+            return await self.judge(*await self.search_prompt(prompt_id))
+
+        while not self.config.ended(self.step, self.log.time):
+            self.buffer.start_window()
+            while missing := self.config.prompts_per_step - len(self.buffer.arrived):  # more than once if rewards fail
+                async with asyncio.TaskGroup() as group:
+                    turn = [(i, group.create_task(find(i))) for i in itertools.islice(self.order, missing)]
+                for prompt_id, found in turn:  # in their order, so that a run can be repeated
+                    self.keep(prompt_id, found.result())
+            await whole(self.update())
+            if self.sync_due:
+                await self.publish()
+                await self.load_published()
+            if self.evaluation_due:
+                await self.evaluate()
+
+    async def update(self) -> None:
+        """Sample a batch, update the policy on it, record it, and begin to save a checkpoint where one is due.
+
+        Raises:
+            Failure: update after update had no finite gradient.
+        """
+        config, step = self.config, self.step
+        if config.reference_reset and step and step % config.reference_reset == 0:
+            await in_thread(self.train_thread, self.trainer.reset_reference)
+        groups = self.buffer.sample(config.prompts_per_step, config.responses_per_prompt, config.on_policy_prob)
+        at = config.step_at(step, self.log.time)
+        beta, lr, gamma = config.beta_at(at), config.lr_at(at), config.gamma_at(at)
+        began = self.log.time
+        with self.log.span("train"):
+            figures = await in_thread(self.train_thread, self.trainer.update, groups, beta, lr, gamma)
+        worked = self.log.time - began
+        self.count_skipped(groups, figures)
+        self.record(groups, figures | {"lr": lr, "beta": beta, "gamma": gamma}, worked)
+        if self.bad >= BAD_UPDATES:
+            raise Failure(
+                f"{self.bad} updates in a row had no finite loss or gradient: a lower --lr may help. The newest "
+                f"checkpoint is {next(iter(checkpoint.by_step(self.out).values()), 'none')}"
+            )
+        if config.save_every and (self.step % config.save_every == 0 or self.evaluation_due):
+            await self.save()
+
+    def count_skipped(self, groups: list[Group], figures: dict) -> None:
+        """Count an update that was skipped because its loss or its gradient was not finite, and name its prompts."""
+        if math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"]):
+            self.bad = 0
+            return
+        self.bad += 1
+        self.skipped += 1
+        prompts = ", ".join(f"{g.prompt_id} ({self.prompts[g.prompt_id].text[:40]!r})" for g in groups)
+        say(
+            f"update {self.step + 1} is skipped: its loss is {figures['loss']:.4g}, the norm of its gradient "
+            f"{figures['grad_norm']:.4g}; its prompts are {prompts}"
+        )
+
+    def record(self, groups: list[Group], figures: dict, worked: float) -> None:
+        """Count an update and write its metrics: rates and shares are of the time since the last update's end."""
+        since, busy = self.recorded
+        self.recorded = now, busy_now = self.log.time, self.searcher.busy_seconds
+        passed, found, self.found = now - since, self.found, []
+        self.reward = float(np.mean([t.reward for t in found])) if found else self.reward
+        trained = figures.pop("tokens")
+        rates = {
+            "buffer_size": len(self.buffer),
+            "buffer_bytes": self.buffer.nbytes,
+            "repeated": self.buffer.repeated,
+            "reward_failures": self.scorer.failures,
+            "skipped": self.skipped,
+            "engine_restarts": self.searcher.restarts,
+            "search_held": self.held,
+            "search_tokens_per_s": sum(len(t.tokens) for t in found) / passed,
+            "train_tokens_per_s": trained / passed,
+            "search_idle": max(0.0, 1 - (busy_now - busy) / passed),
+            "train_idle": max(0.0, 1 - worked / passed),
+        } | self.last_sync
+        prompt = self.prompts[groups[0].prompt_id].text
+        self.log.update(self.step, {"reward": self.reward} | figures | rates, groups, prompt, self.texts)
+        self.step += 1
+        self.watch.saw(UPDATE)
+        self.updated.set()  # who waits for it goes on
+        self.updated.clear()
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether an evaluation is, after this update; the last is `main`'s."""
+        every, ended = self.config.eval_every, self.config.ended(self.step, self.log.time)
+        return every and self.step % every == 0 and not ended
+
+    # ---- checkpoints ----
+
+    async def save(self) -> None:
+        """Begin to write a checkpoint of this step, from a copy, so that training goes on; the last one ends first."""
+        with self.log.span("save"):
+            await self.checkpoints.idle()
+            weights = await in_thread(self.train_thread, self.trainer.snapshot, self.tokenizer)
+        self.checkpoints.save(self.state(), weights, self.buffer.snapshot())
+
+    def state(self) -> dict:
+        """What a checkpoint holds beside the trainer's and the buffer's; see `restored`."""
+        return {
+            "step": self.step,
+            "time": self.log.time,
+            "version": self.published,
+            "order": self.order.state(),
+            "searched": self.searched,
+            "reward": self.reward,
+            "skipped": self.skipped,
+            "reward_failures": self.scorer.failures,
+            "settings": dataclasses.asdict(self.config),
+        }
+
+    def restored(self) -> Path | None:
+        """Take over the newest checkpoint of the run that is resumed, but for what the trainer loads from it.
+
+        Raises:
+            ValueError: there is none, or it does not fit.
+        """
+        config = self.config
+        found = checkpoint.newest(self.out)
+        if not found:
+            if config.resume == "auto":
+                return None
+            raise ValueError(
+                f"resume is {config.resume!r}: it has no checkpoint that is whole (--resume auto begins anew)"
+            )
+        folder, state = found
+        self.step, self.before = state["step"], state["time"]
+        self.searched, self.skipped, self.reward = state["searched"], state["skipped"], state["reward"]
+        if config.resume == "auto" and config.ended(self.step, self.before):
+            raise Finished(f"{self.out} is done: it has made {self.step} updates in {self.before:.0f} s")
+        if self.step >= config.steps:
+            raise ValueError(f"steps is {config.steps}: it must be above {self.step}, the newest checkpoint's")
+        self.scorer.failures = state["reward_failures"]
+        try:
+            self.order.restore(state["order"])
+            self.buffer.restore(folder)
+        except Exception as error:
+            raise ValueError(f"{folder} cannot be read ({error}): move it away to go on from the one before") from error
+        seen = {i: entry.tokens for i, entry in self.buffer.prompts.items()}
+        for i in {*seen, *self.order.left}:
+            if i >= len(self.prompts) or not np.array_equal(
+                seen.get(i, self.prompts[i].tokens), self.prompts[i].tokens
+            ):
+                raise ValueError(f"data is {config.data!r}: its problems are not those that {folder} was made with")
+        self.prime()
+        return folder
+
+    def save_last(self) -> None:
+        """Write the policy, and a checkpoint of the last step; neither of what an update broke off or left no good."""
+        self.checkpoints.writing.result()  # two copies may be too much for the memory
+        try:
+            if self.trainer and self.step and not self.trainer.stepping:
+                if self.bad < BAD_UPDATES:
+                    self.checkpoints.save(self.state(), self.trainer.snapshot(self.tokenizer), self.buffer.snapshot())
+                checkpoint.write_folder(self.out / "model", lambda to: self.trainer.export(to, self.tokenizer))
+        except Exception as error:
+            self.checkpoints.failed = f"the policy of step {self.step} cannot be saved ({error})"
+        self.checkpoints.end()
+
+    # ---- sync ----
+
+    @property
+    def sync_due(self) -> bool:
+        """Whether the engines' weights are k updates old."""
+        return self.step - self.published >= self.config.sync_every
+
+    async def publish(self) -> None:
+        """Stage the policy's weights, and note what they give the probe."""
+        async with self.searcher.writing:
+            self.expected = await in_thread(self.train_thread, self.trainer.publish, self.probe, self.step)
+        self.published = self.step
+
+    async def sync(self) -> None:
+        """Carry staged weights to the engines, while the trainer goes on and sequences in flight go on with them."""
+        while True:
+            await self.published_new.wait()
+            self.published_new.clear()
+            await self.load_published()
+            self.synced.set()
+
+    async def load_published(self) -> None:
+        """Let the engines take the staged weights, once the copy is done, and see that they give what the policy gives.
+
+        Raises:
+            RuntimeError: they do not, by more than rounding: at the start always, later with --check-sync.
+        """
+        from weights import compare
+
+        began = self.log.time
+        with self.log.span("sync"):
+            await asyncio.to_thread(self.trainer.staging.wait)
+            await self.searcher.load_staging()
+        seconds = self.log.time - began
+        self.buffer.start_window()
+        agreement = await compare(self.searcher, self.probe, self.expected, self.config.check_sync)
+        self.last_sync = agreement | {"sync_ms": 1000 * seconds}
+
+    # ---- evaluate ----
+
+    async def evaluate(self) -> None:
+        """Figures on the test problems, through the same engines, unless a resumed run has them."""
+        if not self.test or self.step in self.log.evaluations:
+            return
+        config, step = self.config, self.step
+        self.checkpoints.spare = step  # until it is known how good it is
+        gate = asyncio.Semaphore(max(1, self.searcher.slots // (config.eval_samples + 1)))
+
+        async def answer(prompt: Prompt) -> tasks.Answered:
+            async with gate:
+                greedy, _ = await self.searcher.generate(prompt.tokens, 1, temperature=0.0)
+                samples, _ = await self.searcher.generate(
+                    prompt.tokens, config.eval_samples, logprobs=self.task.evaluation_logprobs
+                )
+            self.watch.saw(RESPONSE)
+            async with self.scoring:
+                await self.scorer(prompt.problem, self.read(greedy + samples))
+            return tasks.Answered(prompt.problem, prompt.tokens, greedy[0], samples)
+
+        with self.log.span("evaluate"):
+            figures = self.task.evaluate(await asyncio.gather(*map(answer, self.test)))
+            figures = await figures if inspect.isawaitable(figures) else figures
+        self.log.evaluation(step, {name: float(value) for name, value in figures.items()})
+        self.checkpoints.score(step, self.log.evaluations[step].get(self.task.best))
+
+    def end(self) -> None:
+        """Let the update under way end, save, end the engines, close the files. None may stop the next."""
+        with contextlib.ExitStack() as last_first:
+            last_first.callback(self.lock.close)
+            last_first.callback(self.log.close)
+            if self.searcher:
+                last_first.callback(self.searcher.shutdown)
+            last_first.callback(self.task.end)
+            last_first.callback(self.save_last)
+            last_first.callback(self.train_thread.shutdown, cancel_futures=True)
+
+
+async def in_thread(thread: ThreadPoolExecutor, work, *arguments):
+    """The result of `work(*arguments)`, done in that thread; what it raises is raised here."""
+    return await asyncio.get_running_loop().run_in_executor(thread, work, *arguments)
+
+
+async def whole(work: Coroutine):
+    """The result of a coroutine that is not to be cut short: where it is cancelled, it is finished first."""
+    task = asyncio.create_task(work)
+    try:
+        return await asyncio.shield(task)
+    finally:
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # has been seen, where what cancelled it is told in its stead

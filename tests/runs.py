@@ -1,0 +1,118 @@
+"""Runs of the command, and what they leave behind."""
+
+import contextlib
+import gc
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+from tqdm import tqdm
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+FEWER = {"train": 1000, "test": 200}  # Countdown's problems, to make which takes 2 seconds
+
+MARK = f"TBA_TEST={os.getpid()}"  # in the environment of what these tests start, and of what that starts
+os.environ.update([MARK.split("="), ("SPT_NOENV", "1")])  # vLLM's process titles would overwrite it otherwise
+
+
+def read_of_processes(name: str) -> Iterator[tuple[int, bytes]]:
+    """(process, the file of that name in its folder of /proc) of all processes that may be read."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            yield int(folder.name), (folder / name).read_bytes()
+
+
+def processes() -> set[int]:
+    """The processes that these tests started and those started by them, but not Python's own: its tracker of shared
+    memory, and what `started` forks from."""
+    marked = {process for process, environment in read_of_processes("environ") if MARK.encode() in environment}
+    own = b"multiprocessing.resource_tracker", b"multiprocessing.forkserver"
+    return marked - {process for process, command in read_of_processes("cmdline") if any(o in command for o in own)}
+
+
+def shared_memory() -> set[str]:
+    """What lies in shared memory and no process has mapped."""
+    names = {path.name for path in Path("/dev/shm").iterdir()}
+    mapped = b"".join(maps for _, maps in read_of_processes("maps"))
+    return {name for name in names if f"/dev/shm/{name}".encode() not in mapped}
+
+
+@contextlib.contextmanager
+def nothing_is_left() -> Iterator[None]:
+    """Nothing survives the program: no engine process, no shared memory. (Python's tracker ends a little later.)"""
+    before = processes(), shared_memory()
+    yield
+    gc.collect()  # what this process, where it was the program, has done with
+    deadline, empty = time.monotonic() + 10, 0
+    while empty < 3:  # looks in a row: a process that was just being started shows a moment later
+        time.sleep(0.2)
+        left = processes() - before[0] or shared_memory() - before[1]
+        empty = 0 if left else empty + 1
+        assert not left or time.monotonic() < deadline, left
+
+
+@contextlib.contextmanager
+def started(*arguments) -> Iterator[SimpleNamespace]:
+    """The command in a process of its own, forked from one that has imported everything, which spares 8 seconds; has
+    `process`, and `said()`, what it printed so far. It hears Ctrl-C, which shells silence in the background."""
+    with tempfile.NamedTemporaryFile("r+") as printed:
+        process = forkserver.Process(target=_run, args=([*map(str, arguments)], printed.name))
+        process.start()
+        try:
+            yield SimpleNamespace(process=process, said=lambda: Path(printed.name).read_text(errors="replace"))
+        finally:
+            process.kill()
+            process.join()
+
+
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(
+    ["tests.runs", "tba", "trainer", "weights", "models", "tyro", "vllm.v1.engine.async_llm", "vllm.engine.arg_utils"]
+)
+tqdm.get_lock()  # those that are forked share it: else each that is killed leaves one until Python's tracker ends
+
+
+def _run(arguments: list[str], printed: str) -> None:
+    file = os.open(printed, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1), os.dup2(file, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    import tba
+    from tasks import countdown
+
+    program = sys.modules["__main__"]  # which its engines import when they start
+    program.__spec__, program.__file__ = None, str(PROJECT / "tba.py")
+
+    countdown.PROBLEMS |= FEWER
+    sys.argv = ["tba.py", *arguments]
+    sys.exit(tba.main())
+
+
+def command(*arguments) -> list[str]:
+    return [sys.executable, str(PROJECT / "tba.py"), *map(str, arguments)]
+
+
+def updates_of(out: Path) -> list[dict]:
+    """The rows of a run's updates."""
+    return [row for row in read(out / "metrics.jsonl") if "loss" in row]
+
+
+def wait_for(condition, run: SimpleNamespace | None = None, seconds: float = 120) -> None:
+    """Wait until it holds, while a run lives."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert run is None or run.process.is_alive(), run.said()
+        assert time.monotonic() < deadline, run and run.said()
+        time.sleep(0.05)
