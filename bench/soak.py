@@ -1,0 +1,192 @@
+"""Does a run survive? Countdown for some minutes, while faults are thrown in at random.
+
+    python -m bench.soak --minutes 20
+
+The faults: the program is killed or stopped (and given the same command again, with --resume auto), its newest
+checkpoint is truncated meanwhile, its engine is killed, its disk is full for a while, a reward raises, hangs, is nan or
+has the wrong length, a reward is so large that the loss overflows. Prints what was thrown in, and what it cost.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from bench.runs import PROJECT
+from checkpoint import by_step, newest
+from searcher import DEATHS
+
+TASK = Path(__file__).with_name("soak_task.py")
+SAVE_EVERY = 50
+GROUP = 16  # responses that a search finds for a prompt
+FAULTS = {"kill": 3, "stop": 1, "truncate": 1, "engine": 3, "disk": 2}  # how often each, in proportion
+
+
+class Soak:
+    """A run that is given faults.
+
+    Args:
+        out: its folder.
+        seed: of the faults.
+    """
+
+    def __init__(self, out: Path, seed: int):
+        self.out, self.chance = out, random.Random(seed)
+        self.faults, self.recoveries = Counter(), Counter()
+        self.updates_lost = self.responses_lost = 0
+        self.memory: list[tuple[float, float]] = []  # (the program, its engine) in MiB
+        self.engine_deaths = 0  # of this process, which ends at the fourth in ten minutes
+        self.printed = (out.parent / "printed.log").open("w")
+        self.command = [
+            *(sys.executable, "tba.py", "--task", TASK, "--resume", "auto", "--out", out, "--steps", 10**6),
+            *("--save-every", SAVE_EVERY, "--eval-every", 500, "--eval-prompts", 100, "--reward-timeout", 2),
+            *("--lr-schedule", "constant", "--stall-seconds", 30),
+        ]
+        self.start()
+
+    def start(self) -> None:
+        """Give the command, and wait until it trains."""
+        before, self.engine_deaths = self.last_step(), 0
+        self.process = subprocess.Popen(
+            [*map(str, self.command)], cwd=PROJECT, stdout=self.printed, stderr=subprocess.STDOUT
+        )
+        saved = newest(self.out)
+        self.updates_lost += max(0, before - (saved[1]["step"] if saved else 0))
+        while self.last_step() <= (saved[1]["step"] if saved else 0) or not self.engine():
+            self.check()
+            time.sleep(0.2)
+
+    def check(self) -> None:
+        """
+        Raises:
+            RuntimeError: the program has ended though nobody ended it.
+        """
+        if self.process.poll() is not None:
+            last = Path(self.printed.name).read_text().replace("\r", "\n")[-6000:]
+            raise RuntimeError(f"it ended with {self.process.returncode}:\n{last}")
+
+    def last_step(self) -> int:
+        """The step of its newest update."""
+        path = self.out / "metrics.jsonl"
+        rows = path.read_text().splitlines() if path.is_file() else []
+        with contextlib.suppress(ValueError):
+            return json.loads(rows[-1])["step"] if rows else 0
+        return json.loads(rows[-2])["step"]
+
+    def engine(self) -> int:
+        """The process of its engine; 0: there is none."""
+        for status in Path("/proc").glob("[0-9]*/status"):
+            with contextlib.suppress(OSError):
+                fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
+                if int(fields["PPid"]) == self.process.pid and "Engine" in fields["Name"]:
+                    return int(fields["Pid"])
+        return 0
+
+    def weigh(self) -> None:
+        """Note how much memory it has."""
+
+        def resident(process: int) -> float:
+            with contextlib.suppress(OSError):
+                return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+            return 0.0
+
+        self.memory.append((resident(self.process.pid), resident(self.engine())))
+
+    def throw(self) -> None:
+        """One fault, and what it takes to go on."""
+        (fault,) = self.chance.choices([*FAULTS], [*FAULTS.values()])
+        if fault == "engine":
+            fault = fault if self.engine_deaths < DEATHS else "kill"
+            self.engine_deaths += 1
+        self.faults[fault] += 1
+        step = self.last_step()
+        if fault in ("kill", "truncate"):
+            self.process.kill()
+            self.process.wait()
+            if fault == "truncate" and (steps := by_step(self.out)):
+                weights = next(iter(steps.values())) / "model.safetensors"
+                os.truncate(weights, weights.stat().st_size // 2)
+            self.start()
+        elif fault == "stop":
+            self.process.send_signal(signal.SIGTERM)
+            if (code := self.process.wait(60)) != 143:
+                raise RuntimeError(f"stopped, it ended with {code}")
+            self.start()
+        elif fault == "engine":
+            os.kill(engine := self.engine(), signal.SIGKILL)
+            while self.engine() in (0, engine):
+                self.check()
+                time.sleep(0.2)
+        else:
+            limits = resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE)
+            resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, (4096, limits[1]))
+            time.sleep(self.chance.uniform(3, 10))
+            resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, limits)
+        while self.last_step() <= step:  # it trains on
+            self.check()
+            time.sleep(0.2)
+        self.recoveries[fault] += 1
+
+    def end(self) -> dict:
+        """Stop the run, see that all is there, and say what was."""
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(60)
+        rows = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        updates = [row for row in rows if "loss" in row]
+        steps = [row["step"] for row in updates]
+        undone = self.out / "undone" / "timeline.jsonl"
+        searches = undone.read_text().count('"search"') if undone.is_file() else 0
+        return {
+            "exit_code": code,
+            "updates": len(steps),
+            "missing_or_repeated_updates": len(set(range(1, max(steps) + 1)) ^ set(steps))
+            + len(steps)
+            - len(set(steps)),
+            "newest_checkpoint": newest(self.out)[1]["step"],
+            "faults": dict(self.faults)
+            | {"rewards": updates[-1]["reward_failures"], "overflows": updates[-1]["skipped"]},
+            "recoveries": dict(self.recoveries),
+            "updates_lost": self.updates_lost,
+            "responses_lost": searches * GROUP,
+            "memory_mib_start": [round(each) for each in self.memory[0]],
+            "memory_mib_end": [round(each) for each in self.memory[-1]],
+            "buffer_responses": updates[-1]["buffer_size"],
+            "accuracy": [row["eval/pass@1"] for row in rows if "eval/pass@1" in row][-1],
+        }
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--pause", type=float, nargs=2, default=(10.0, 30.0), help="seconds between two faults")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="one JSON object besides, last")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.monotonic()
+        soak = Soak(Path(folder) / "run", arguments.seed)
+        time.sleep(5)
+        soak.weigh()
+        while time.monotonic() - began < 60 * arguments.minutes:
+            soak.throw()
+            time.sleep(soak.chance.uniform(*arguments.pause))
+            soak.weigh()
+        found = soak.end()
+    for name, value in found.items():
+        print(f"{name.replace('_', ' '):30} {value}")
+    if arguments.json:
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
