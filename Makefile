@@ -15,7 +15,7 @@ run: .venv/installed
 	@.venv/bin/python tba.py $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
 test: .venv/installed-dev
-	@.venv/bin/python -m pytest $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: .venv/installed-dev
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .

@@ -56,10 +56,9 @@ class Checkpoints:
         """
         self.writing = self.thread.submit(self._save, state, writes)
 
-    def score(self, step: int, score: float | None) -> None:
-        """Note how good the policy was at a step."""
-        if score is not None and math.isfinite(score):
-            self.scores[step] = score
+    def score(self, step: int, score: float) -> None:
+        """Note how good the policy was at a step; nan: it is not known."""
+        self.scores[step] = score
         self.spare = None
         self.thread.submit(self._prune)
 
@@ -87,7 +86,8 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """Remove what need not stay, and let `best` be a link to the best."""
-        steps, scores = by_step(self.out), dict(self.scores)
+        steps = by_step(self.out)
+        scores = {step: score for step, score in self.scores.copy().items() if math.isfinite(score)}
         best = max(steps.keys() & scores.keys(), key=lambda step: (scores[step], step), default=None)
         try:
             if best is not None:

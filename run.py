@@ -138,8 +138,8 @@ class Run:
             self.lock = self.lock or checkpoint.lock(self.out)
             checkpoint.tidy(self.out, self.step)
             self.log = Log(self.out, self.config.steps, self.step, self.before)
-            scores = {step: figures.get(self.task.best, math.nan) for step, figures in self.log.evaluations.items()}
-            self.checkpoints.scores = {step: score for step, score in scores.items() if math.isfinite(score)}
+            for step, figures in self.log.evaluations.items():
+                self.checkpoints.scores[step] = figures.get(self.task.best, math.nan)
             checkpoint.write_text(
                 self.out / "config.json", json.dumps(dataclasses.asdict(self.config), indent=2) + "\n"
             )
@@ -560,7 +560,7 @@ class Run:
             figures = self.task.evaluate(await asyncio.gather(*map(answer, self.test)))
             figures = await figures if inspect.isawaitable(figures) else figures
         self.log.evaluation(step, {name: float(value) for name, value in figures.items()})
-        self.checkpoints.score(step, self.log.evaluations[step].get(self.task.best))
+        self.checkpoints.score(step, self.log.evaluations[step].get(self.task.best, math.nan))
 
     def end(self) -> None:
         """Let the update under way end, save, end the engines, close the files. None may stop the next."""

@@ -212,14 +212,14 @@ def test_a_gradient_that_stays_nan_ends_with_the_last_good_checkpoint(
 def test_strict_takes_turns_and_a_resumed_run_equals_an_unbroken_one(
     embedded, tmp_path, nothing_left, main, monkeypatch
 ):
-    """Every batch is on-policy. With an objective that asks vLLM for log-probabilities, a reference that is reset, a
-    temperature a search, near duplicates, and a reward easy to get."""
+    """Every batch is on-policy. With an objective that asks vLLM for log-probabilities, a reference that is reset,
+    near duplicates, and a reward easy to get."""
     out, other = tmp_path / "one", tmp_path / "other"
     monkeypatch.setattr("tasks.countdown.reward", lambda text, answer: text.count("1"))
     done = main(
         "--model", embedded[1], "--out", out, "--steps", 12, "--strict", "--loss", "grpo", "--reference-reset", 5,
         "--eval-prompts", 8, "--eval-every", 6, "--check-sync", "--lr", 1e-3, "--save-every", 4, "--keep", 0,
-        "--search-temperatures", 0.8, 1.2, "--near-duplicates", "edit",
+        "--near-duplicates", "edit",
     )  # fmt: skip
     assert done.code == 0, done.err
     unbroken, updates = read(out / "metrics.jsonl"), updates_of(out)
@@ -235,6 +235,8 @@ def test_strict_takes_turns_and_a_resumed_run_equals_an_unbroken_one(
         assert i == 0 or work[2][i - 1][1] <= min(s for s, _ in turn)
     kl = [abs(row["kl"]) for row in updates]
     assert max(kl[0], kl[5], kl[10]) < 1e-5 < 1e-3 < min(kl[4], kl[9])  # the reference is the policy, and is not
+    # On-policy the ratios are 1 and the advantages add up to 0: what is left of GRPO's loss is its penalty.
+    assert all(abs(updates[i]["loss"]) < 1e-4 for i in (0, 5, 10))
     assert updates[-1]["lr"] == 0 and len({row["loss"] for row in updates}) == 12
 
     assert set(by_step(out)) == {4, 6, 8, 12}

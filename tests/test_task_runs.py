@@ -79,7 +79,7 @@ def test_math(make_model, tmp_path, nothing_left, dry, finished):
     folders = ("--task", "math", "--model", make_model("llama", chat=True), "--data", data, "--out", out)
     shown = dry(*folders, "--max-tokens", 32)
     assert "<user>\nWhat is 0+1?\n\nPlease reason step by step, and put your final answer within \\boxed{}." in shown
-    finished(*folders, *SMALL, "--max-tokens", 32, "--reference-reset", 3)
+    finished(*folders, *SMALL, "--max-tokens", 32, "--reference-reset", 3, "--search-temperatures", 0.8, 1.2)
     evaluated(out, "greedy", "pass@1", "pass@k", "distinct")
     assert read(out / "samples.jsonl")[0]["prompt"].endswith("\n<assistant>\n")
 
