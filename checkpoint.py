@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
-from log import say
+from screen import say
 
 UNFINISHED = ".tmp"  # what a folder's name ends with while it is written or removed
 

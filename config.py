@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import json
 import math
@@ -134,6 +135,10 @@ class Config:
     """Go on with the run in this folder from its newest checkpoint; auto: in --out (or the task's newest), if any."""
     stall_seconds: float = 120.0
     """Say what is awaited where no response came, or no update ended, for so long."""
+    tensorboard: bool = False
+    """Metrics for TensorBoard too, in OUT/tensorboard/ (pip install tensorboard)."""
+    wandb: bool = False
+    """Metrics for Weights & Biases too (pip install wandb)."""
     dry_run: bool = False
     """Show the resolved settings and the first prompt as the model sees it, and end."""
 
@@ -235,7 +240,8 @@ STRICT = dict(strict=True, sync_every=1, on_policy_prob=1.0, prime=0)  # default
 MAY_CHANGE = {  # in a run that is resumed: how long it lasts, what is looked at and kept, and on which devices
     "steps", "max_seconds", "eval_every", "eval_prompts", "eval_samples", "save_every", "keep", "stall_seconds",
     "check_sync", "out", "resume", "dry_run", "reward_timeout", "reward_concurrency", "search_ahead",
-    "buffer_responses", "buffer_gib", "micro_batch_tokens", "train_device", "search_devices", "gpu_memory_utilization",
+    "tensorboard", "wandb", "buffer_responses", "buffer_gib", "micro_batch_tokens", "train_device", "search_devices",
+    "gpu_memory_utilization",
 }  # fmt: skip
 
 
@@ -302,6 +308,9 @@ def check(config: Config) -> None:
         refuse("search_devices", "devices that differ")
     if not config.model:
         refuse("model", "a Hugging Face folder or hub id")
+    for package in ("tensorboard", "wandb"):
+        if getattr(config, package) and not importlib.util.find_spec(package):
+            raise ValueError(f"{package} is not installed: pip install {package}, or leave --{package} out")
     if config.resume not in ("", "auto", config.out):
         refuse("out", f"left out with --resume, which goes on in {config.resume}")
     if not begun(config.resume, config.out) and config.out and Path(config.out).exists():

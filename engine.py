@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from log import Failure
+from screen import Failure
 
 MAX_IN_FLIGHT = {"cuda": 512, "cpu": 256}  # sequences of an engine: on CUDA the captured graphs end there
 PROGRAM = "TBA_PROGRAM"  # in the environment of engines: the process that they belong to

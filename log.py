@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows on the screen.
+"""What a run leaves behind.
 
 config.json      the resolved settings
 metrics.jsonl    an object an update, and one an evaluation
@@ -6,49 +6,26 @@ timeline.jsonl   an object a span of work: what (search, train, sync, evaluate, 
 samples.jsonl    an object an update: one of its groups, as text; after 256 MiB it becomes samples.1.jsonl
 undone/          rows of updates that a resumed run made anew, for they came after its checkpoint
 engine.log       what vLLM printed
+report.html      all of it as a page (report.py)
 """
 
 import contextlib
 import json
 import math
 import os
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from buffer import Group
+from config import Config
+from screen import Progress, say
+from trackers import Tracker
 
 SAMPLES_BYTES = 2**28  # of samples.jsonl; there are at most two such files
-
-
-class Failure(RuntimeError):
-    """Ends the run. Its text says all that there is to say, in one line, so that no traceback is shown."""
-
-
-class Screen:
-    """Standard output or error, without which the run goes on: its file may be full, its reader gone."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text: str) -> int:
-        """Write what can be written."""
-        with contextlib.suppress(OSError):
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Write what can be written."""
-        with contextlib.suppress(OSError):
-            self.stream.flush()
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
 
 
 class Rows:
@@ -90,18 +67,19 @@ class Rows:
 
 
 class Log:
-    """The files of a run and its progress bar.
+    """The files of a run, its line of progress, and its trackers.
 
     Args:
         out: the run's folder.
-        steps: updates in all.
+        config: the settings.
         step: updates done before, whose rows stay; later ones are set aside, for they will be made again.
         before: seconds that a resumed run took until then.
+        trackers: get the metrics too.
     """
 
-    def __init__(self, out: Path, steps: int, step: int = 0, before: float = 0.0):
-        self.out, self.steps, self.before = out, steps, before
-        self.bar: tqdm | None = None
+    def __init__(self, out: Path, config: Config, step: int = 0, before: float = 0.0, trackers: Sequence[Tracker] = ()):
+        self.out, self.config, self.before, self.trackers = out, config, before, list(trackers)
+        self.progress: Progress | None = None  # while the clock runs
         self.under_way: Counter[str] = Counter()  # spans that are open
         self.full = False  # a row could not be written
         rows = set_aside(out / "metrics.jsonl", "step", step)
@@ -129,10 +107,7 @@ class Log:
     def start_clock(self) -> None:
         """Searching and training begin: time counts from here."""
         self.start = time.perf_counter()
-        self.bar = tqdm(
-            total=self.steps, initial=self.initial, desc="training", unit="update", ncols=120,
-            mininterval=0.1 if sys.stderr.isatty() else 10,
-        )  # fmt: skip
+        self.progress = Progress(self.config.steps, self.initial, self.config.max_seconds)
 
     def write(self, name: str, row: dict) -> None:
         """Append a row to a file. A full disk does not end the run: what it does not take is written later."""
@@ -154,11 +129,11 @@ class Log:
             yield
         finally:
             self.under_way[what] -= 1
-        if self.bar:  # the clock runs
+        if self.progress:
             self.write("timeline", {"what": what, "start": round(start, 4), "end": round(self.time, 4)})
 
     def update(self, done: int, figures: dict, groups: list[Group], prompt: str, texts: Callable) -> None:
-        """Write an update's metrics and a sample, the first of its groups, and move the bar on.
+        """Write an update's metrics and a sample, the first of its groups, and show how it goes.
 
         Args:
             done: updates before this one, from which the ages of its responses are counted.
@@ -175,64 +150,50 @@ class Log:
             "age_mean": float(np.mean(ages)),
             "age_max": max(ages),
         }
-        self.write("metrics", {name: _rounded(value) for name, value in row.items()})
+        rounded = {name: _rounded(value) for name, value in row.items()}
+        self.write("metrics", rounded)
+        self.track({f"train/{name}": value for name, value in rounded.items() if name != "step"}, done + 1)
         first = groups[0].responses
         sample = [
             {"text": text, "reward": response.reward, "age": done - response.version}
             for text, response in zip(texts(first), first, strict=True)
         ]
         self.write("samples", {"step": done + 1, "prompt": prompt, "responses": sample})
-        self.bar.set_postfix_str(
-            f"reward {row['reward']:.3f}, age {row['age_mean']:.1f}, "
-            f"search {row['search_tokens_per_s']:,.0f}/s, train {row['train_tokens_per_s']:,.0f}/s",
-            refresh=False,
-        )
-        self.bar.update()
+        self.progress.update(done + 1, row["time"], row)
 
     def evaluation(self, step: int, figures: dict[str, float]) -> None:
-        """Write an evaluation's figures."""
+        """Write an evaluation's figures, and say them."""
         self.evaluations[step] = figures
         row = {f"eval/{name}": _rounded(value) for name, value in figures.items()}
-        self.write("metrics", {"step": step, "time": _rounded(self.time if self.bar else self.before)} | row)
+        self.write("metrics", {"step": step, "time": _rounded(self.time if self.progress else self.before)} | row)
+        self.track(row, step)
+        say(f"step {step}: {', '.join(f'{name} {value:.3f}' for name, value in figures.items())}")
+
+    def track(self, figures: dict[str, float | None], step: int) -> None:
+        """Give figures to the trackers; one that fails gets no more, and does not end the run."""
+        known = {name: value for name, value in figures.items() if value is not None}
+        for tracker in self.trackers[:]:
+            try:
+                tracker.log(known, step)
+            except Exception as error:
+                say(f"{type(tracker).__name__} gets no more metrics ({error}): metrics.jsonl has them all")
+                self.trackers.remove(tracker)
 
     def close(self) -> None:
-        """End the bar and close the files."""
-        if self.bar:
-            self.bar.close()
+        """Close all."""
+        if self.progress:
+            self.progress.close()
+        for tracker in self.trackers:
+            try:
+                tracker.close()
+            except Exception as error:
+                say(f"{type(tracker).__name__} may lack the last metrics ({error}): metrics.jsonl has them all")
         for file in self.files.values():
             try:
                 file.flush()
             except OSError as error:
                 say(f"the last rows of {file.path} are lost ({error})")
             file.file.close()
-
-
-def say(text: str, complaint: bool = False) -> None:
-    """A line for the person at the screen, above the bar; a complaint goes where errors go."""
-    file = sys.stderr if complaint else sys.stdout
-    tqdm.write(printable(text), file=file)
-    file.flush()
-
-
-def printable(text: str) -> str:
-    """The text with what a terminal would obey escaped: a model may have written it.
-
-    >>> print(printable("red: \\x1b[31m, right to left: \\u202e, and a\\nsecond line"))
-    red: \\x1b[31m, right to left: \\u202e, and a
-    second line
-    """
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-
-
-def table(evaluations: dict[int, dict[str, float]]) -> str:
-    """The first and the last of the evaluations, given by step, side by side."""
-    shown = {step: evaluations[step] for step in sorted({min(evaluations), max(evaluations)})}
-    names = dict.fromkeys(name for figures in shown.values() for name in figures)
-    width = max(14, *(len(name) + 2 for name in names))
-    lines = [f"{'held out':{width}}" + "".join(f"{f'step {step}':>14}" for step in shown)]
-    for name in names:
-        lines.append(f"{name:{width}}" + "".join(f"{figures.get(name, math.nan):14.3f}" for figures in shown.values()))
-    return "\n".join(lines)
 
 
 def _rounded(value: float) -> float | None:

@@ -30,10 +30,12 @@ import tasks
 from buffer import EVICTION, NEAR_DUPLICATE, REPLAY, Buffer, Group, Trajectory
 from config import Config, begun
 from data import Order, Prompt, demonstrations, encode
-from log import Failure, Log, printable, say
+from log import Log
 from loss import OBJECTIVES
 from scoring import Scorer
+from screen import Failure, clock, printable, say
 from searcher import Response, Searcher
+from trackers import wanted
 from watch import Watch
 
 PROBE_TOKENS = 64  # on which engines and trainer are compared after each sync
@@ -59,10 +61,11 @@ class Run:
     """
 
     def __init__(self, config: Config):
-        from transformers.utils.logging import disable_progress_bar
+        with clock("importing PyTorch and transformers"):
+            from transformers.utils.logging import disable_progress_bar
 
-        from machine import cores, devices, pin
-        from trainer import load_tokenizer
+            from machine import cores, devices, pin
+            from trainer import load_tokenizer
 
         disable_progress_bar()
 
@@ -137,7 +140,8 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = self.lock or checkpoint.lock(self.out)
             checkpoint.tidy(self.out, self.step)
-            self.log = Log(self.out, self.config.steps, self.step, self.before)
+            trackers = wanted(self.out, self.config, self.step)
+            self.log = Log(self.out, self.config, self.step, self.before, trackers)
             for step, figures in self.log.evaluations.items():
                 self.checkpoints.scores[step] = figures.get(self.task.best, math.nan)
             checkpoint.write_text(
@@ -179,15 +183,15 @@ class Run:
         from trainer import Trainer
         from weights import share
 
-        config, began = self.config, time.perf_counter()
-        say(f"training on {self.train_device}, searching on {', '.join(self.search_devices)}; starting vLLM ...")
+        config, searching = self.config, ", ".join(self.search_devices)
         tokens = max(len(prompt.tokens) for prompt in self.prompts + self.test) + config.max_tokens
         # One after the other: on a GPU that they share, the engine counts what is in use when it starts.
-        self.trainer = await in_thread(
-            self.train_thread, Trainer, self.model, OBJECTIVES[config.loss], self.train_device,
-            config.temperature, config.on_policy, config.max_grad_norm, config.micro_batch_tokens,
-            config.min_tokens, self.tokenizer.eos_token_id, self.resumed,
-        )  # fmt: skip
+        with clock(f"loading policy and reference on {self.train_device}"):
+            self.trainer = await in_thread(
+                self.train_thread, Trainer, self.model, OBJECTIVES[config.loss], self.train_device,
+                config.temperature, config.on_policy, config.max_grad_norm, config.micro_batch_tokens,
+                config.min_tokens, self.tokenizer.eos_token_id, self.resumed,
+            )  # fmt: skip
         self.searcher = searcher = Searcher(
             self.search_devices, config.temperature, config.max_tokens, config.min_tokens
         )
@@ -195,14 +199,16 @@ class Run:
         if config.gpu_memory_utilization:
             memory = dict.fromkeys(memory, config.gpu_memory_utilization)
         log = self.out / "engine.log"
-        await searcher.start(self.model, tokens, config.seed + self.step, memory, self.search_cores, log)
-        self.trainer.staging = await share(self.trainer.policy, searcher)
-        await self.task.start(self.search_devices, self.search_cores, log)
-        longest = max((prompt.tokens for prompt in self.prompts), key=len)
-        self.probe = np.resize(longest, min(PROBE_TOKENS, tokens - 1))  # repeated where it is shorter
-        await self.publish()
-        await self.load_published()
-        say(f"ready after {time.perf_counter() - began:.0f} s")
+        with clock(f"starting vLLM on {searching}"):
+            await searcher.start(self.model, tokens, config.seed + self.step, memory, self.search_cores, log)
+            self.trainer.staging = await share(self.trainer.policy, searcher)
+            longest = max((prompt.tokens for prompt in self.prompts), key=len)
+            self.probe = np.resize(longest, min(PROBE_TOKENS, tokens - 1))  # repeated where it is shorter
+            await self.publish()
+            await self.load_published()
+        if type(self.task).start is not tasks.Task.start:
+            with clock(f"loading the task's models on {searching}"):
+                await self.task.start(self.search_devices, self.search_cores, log)
 
     def awaited(self) -> str:
         """What is under way, in a line."""
@@ -556,7 +562,8 @@ class Run:
                 await self.scorer(prompt.problem, self.read(greedy + samples))
             return tasks.Answered(prompt.problem, prompt.tokens, greedy[0], samples)
 
-        with self.log.span("evaluate"):
+        first = contextlib.nullcontext() if self.log.progress else clock(f"evaluating on {len(self.test)} problems")
+        with first, self.log.span("evaluate"):
             figures = self.task.evaluate(await asyncio.gather(*map(answer, self.test)))
             figures = await figures if inspect.isawaitable(figures) else figures
         self.log.evaluation(step, {name: float(value) for name, value in figures.items()})

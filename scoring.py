@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 
-from log import Failure, say
+from screen import Failure, say
 from searcher import Response
 
 WINDOW = 200  # responses; where the reward fails for more than half of so many, the run ends ...

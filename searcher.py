@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from engine import MAX_IN_FLIGHT, Engine, Launcher
-from log import Failure, say
+from screen import Failure, say
 
 DEATHS, DEATHS_SECONDS = 3, 600  # engines that are replaced in so many seconds; one more ends the run
 

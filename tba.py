@@ -24,8 +24,8 @@ if __name__ == "__mp_main__":  # an engine's process, which imports this file wh
     die_with_parent()
 
 from config import parse
-from log import Failure, Screen, say, table
 from run import Finished, Run
+from screen import Failure, Screen, say, table
 
 
 def main() -> int:

@@ -20,10 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from buffer import Group, Trajectory
-from log import Failure, say
 from loss import Batch
 from models import load_settings
 from packing import Packed, pack
+from screen import Failure, say
 from weights import Staging
 
 CHUNK = 2**26  # logits at a time, 256 MiB of fp32: [tokens, vocabulary] of a whole micro-batch is never built

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from log import say
+from screen import say
 
 
 class Watch:

@@ -10,10 +10,10 @@ import torch
 import searcher as searcher_module
 from buffer import Group, Trajectory
 from engine import Engine
-from log import Failure
 from loss import tb
 from machine import cores
 from packing import pack
+from screen import Failure
 from searcher import Searcher
 from trainer import Trainer
 from weights import compare, share

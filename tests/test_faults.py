@@ -25,12 +25,15 @@ import numpy as np
 import pytest
 import torch
 
+import screen
 import tasks
 import tba
 from buffer import Buffer, Group, Trajectory
 from checkpoint import by_step, newest
-from log import Log, Screen, say
+from config import Config
+from log import Log
 from loss import OBJECTIVES
+from screen import Screen, say
 from searcher import Searcher
 from tests.runs import nothing_is_left, read, started, updates_of, wait_for
 from watch import Watch
@@ -257,21 +260,22 @@ def test_strict_takes_turns_and_a_resumed_run_equals_an_unbroken_one(
 
 
 def test_a_screen_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch, capfd):
-    """Its output goes to a file on a disk that is full; first the bar's alone."""
+    """Its output goes to a file on a disk that is full; first that of errors alone."""
     group = Group(0, np.array([1]), [Trajectory(np.array([1], np.int32), True, 0.5, 0)])
     figures = {"reward": 0.5, "search_tokens_per_s": 1.0, "train_tokens_per_s": 1.0}
     full = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", closefd=False)
     for name in ("stderr", "stdout"):
         monkeypatch.setattr(sys, name, Screen(full))
-        log = Log(tmp_path, 3)
+        monkeypatch.setattr(screen, "PLAIN_SECONDS", 0)
+        log = Log(tmp_path, Config(steps=3))
         log.start_clock()
-        log.bar.mininterval = 0
         for step in range(3):
             log.update(step, figures, [group], "prompt", lambda responses: ["text"] * len(responses))
             say(f"said {step}")
         log.close()
         if name == "stderr":
-            assert capfd.readouterr().out.split() == ["said", "0", "said", "1", "said", "2"]
+            lines = capfd.readouterr().out.splitlines()
+            assert lines[1::2] == ["said 0", "said 1", "said 2"] and lines[0].startswith("1/3 [00:00<00:00] reward 0.5")
     with pytest.raises(OSError):
         full.flush()  # or nothing is shown
     assert [row["step"] for row in read(tmp_path / "metrics.jsonl")] == [1, 2, 3]

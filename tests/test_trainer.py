@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 import packing
 import trainer as trainer_module
 from buffer import Group, Trajectory
-from log import Failure
 from loss import OBJECTIVES, tb
 from packing import pack
+from screen import Failure
 from trainer import Trainer, lighten, packed_tokens
 
 ARCHITECTURES = [("llama", False), ("llama", True), ("gpt_neox", False), ("gpt2", True)]
