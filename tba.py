@@ -23,6 +23,7 @@ from engine import die_with_parent
 if __name__ == "__mp_main__":  # an engine's process, which imports this file when it starts
     die_with_parent()
 
+import report
 from config import parse
 from run import Finished, Run
 from screen import Failure, Screen, say, table
@@ -65,8 +66,12 @@ def main() -> int:
         code = code or 1
     if run.log.evaluations:
         say(f"\n{table(run.log.evaluations)}\n")
+    try:
+        report.write([run.out], run.out / "report.html")
+    except Exception as error:  # which takes nothing from the run
+        say(f"report.html cannot be written ({error}): python report.py {run.out} tries again")
     ended = "stopped at" if code else "done:"
-    say(f"{ended} step {run.step}; metrics, samples, checkpoints and the policy (model/) are in {run.out}/")
+    say(f"{ended} step {run.step}; open {run.out}/report.html; metrics, samples, checkpoints and model/ are beside it")
     if code and run.step > run.first:
         say(f"go on with: python tba.py --resume {run.out}")
     return code

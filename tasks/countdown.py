@@ -27,6 +27,7 @@ from typing import Literal
 
 import tasks
 from config import Config
+from screen import COLUMNS, say
 from tasks import Problem
 
 LEAST_WORDS = 32  # tokens
@@ -242,11 +243,10 @@ def warm_up(folder: Path, seed: int, numbers: int, steps: int) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 50, max(0.05, math.cos(step / max(1, steps) * math.pi / 2)))
     )
-    interval = 0.1 if sys.stdout.isatty() else 10
-    for step in trange(
-        steps, desc="warming up the embedded model, once", file=sys.stdout, mininterval=interval, ncols=100,
-        disable=not steps,
-    ):  # fmt: skip
+    what, terminal = "warming up the embedded model, once", sys.stderr.isatty()
+    if steps and not terminal:
+        say(f"{what} ...")
+    for step in trange(steps, desc=what, ncols=COLUMNS, disable=not (steps and terminal)):
         wrong = WRONG[numbers] if step >= steps * WARM_UP["wrong_from"] else 0.0
         tokens, labels = encode([demonstration(rng, numbers, wrong) for _ in range(WARM_UP["batch"])])
         model(input_ids=torch.tensor(tokens), labels=torch.tensor(labels)).loss.backward()

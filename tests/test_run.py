@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import weights
+from report import read_run
 from tests.runs import nothing_is_left, read, started
 
 FIELDS = {
@@ -61,6 +62,9 @@ def test_what_a_run_leaves(short_run):
     kept = {folder.name for folder in (out / "checkpoints").iterdir()}
     assert kept == {"step-50", "step-60", f"step-{best}", "best"}  # of 25, 40, 50, 60
     assert (out / "checkpoints" / "step-60" / "model.safetensors").is_file()
+    assert f"open {out}/report.html" in said and read_run(out)["made"] == 60
+    assert '"made": 60' in (out / "report.html").read_text()
+    assert "step 25: greedy 0." in said  # each evaluation, when it ends
 
 
 def spans(out: Path, what: str) -> list[tuple[float, float]]:
