@@ -18,9 +18,9 @@ import sys
 import time
 import traceback
 
-from engine import die_with_parent
+from engine import PROGRAM, die_with_parent
 
-if __name__ == "__mp_main__":  # an engine's process, which imports this file when it starts
+if PROGRAM in os.environ:  # an engine's process, which imports what its program was started with
     die_with_parent()
 
 import report

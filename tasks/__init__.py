@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,8 @@ class Task:
     evaluation_logprobs = False  # whether `evaluate` reads the samples' `logprobs`
 
     def __init__(self, config: Config, tokenizer):
-        self.config, self.tokenizer = config, tokenizer
+        self.config: Any = config  # of the task's own `Settings`
+        self.tokenizer = tokenizer
 
     @classmethod
     def model(cls, config: Config) -> str:
@@ -79,7 +80,7 @@ class Task:
             log: a file.
         """
 
-    def reward(self, problem: Problem, responses: list[Response]) -> Sequence[float]:
+    def reward(self, problem: Problem, responses: list[Response]) -> Sequence[float] | Awaitable[Sequence[float]]:
         """The rewards of the responses to one problem, in their order.
 
         A plain function runs in a thread; an `async` one may wait for others. Either may take its time, since search
@@ -91,7 +92,7 @@ class Task:
         """Embeddings of length 1 [N, D]: what `--near-duplicates cosine` compares."""
         raise NotImplementedError
 
-    def evaluate(self, answers: list[Answered]) -> dict[str, float]:
+    def evaluate(self, answers: list[Answered]) -> dict[str, float] | Awaitable[dict[str, float]]:
         """Figures of an evaluation; may be `async`."""
         return accuracy(answers)
 
