@@ -282,7 +282,7 @@ class Buffer:
             fields |= zip(
                 ("ref_version", "ref_logprobs"), zip(*(reference[t] for t in index), strict=True), strict=False
             )
-            columns = {name: np.array(fields[name], dtype) for name, dtype in SCALARS.items()}
+            columns: dict[str, np.ndarray] = {name: np.array(fields[name], dtype) for name, dtype in SCALARS.items()}
             for name, dtype in ARRAYS.items():
                 columns |= _joined(name, fields[name], dtype)
             columns["place"], columns["arrival"] = np.array(list(arrivals.values()), np.int64).reshape(-1, 2).T.copy()
@@ -324,7 +324,7 @@ class Buffer:
 def _joined(name: str, arrays: list, dtype: type) -> dict[str, np.ndarray]:
     """Arrays one after another in a column, and a column of their lengths: -1 where there is none."""
     lengths = np.array([-1 if array is None else len(array) for array in arrays], np.int64)
-    there = [np.asarray(array, dtype) for array in arrays if array is not None]
+    there: list[np.ndarray] = [np.asarray(array, dtype) for array in arrays if array is not None]
     return {name: np.concatenate([np.empty(0, dtype), *there]), f"{name}.lengths": lengths}
 
 

@@ -8,9 +8,10 @@ import io
 import json
 import math
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from buffer import EVICTION, NEAR_DUPLICATE, REPLAY
 from loss import IMPORTANCE_WEIGHTED, NEED_BETA, OBJECTIVES, TRAJECTORY_BALANCE
@@ -232,11 +233,11 @@ POSITIVE = (
     "buffer_gib",
     "stall_seconds",
 )
-ONE_OF = dict(
+ONE_OF: dict[str, Collection[str]] = dict(
     evict=EVICTION, replay=REPLAY, near_duplicates=NEAR_DUPLICATE, loss=OBJECTIVES,
     lr_schedule=("constant", "linear", "wsd"), beta_schedule=("constant", "linear", "cosine"),
 )  # fmt: skip
-STRICT = dict(strict=True, sync_every=1, on_policy_prob=1.0, prime=0)  # defaults with --strict
+STRICT: dict[str, Any] = dict(strict=True, sync_every=1, on_policy_prob=1.0, prime=0)  # defaults with --strict
 MAY_CHANGE = {  # in a run that is resumed: how long it lasts, what is looked at and kept, and on which devices
     "steps", "max_seconds", "eval_every", "eval_prompts", "eval_samples", "save_every", "keep", "stall_seconds",
     "check_sync", "out", "resume", "dry_run", "reward_timeout", "reward_concurrency", "search_ahead",

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from screen import Failure
 
@@ -27,7 +28,7 @@ class Engine:
     """A vLLM engine, and how many sequences it has in flight."""
 
     device: str
-    llm: object  # vllm.v1.engine.async_llm.AsyncLLM
+    llm: Any  # vllm.v1.engine.async_llm.AsyncLLM
     in_flight: int = 0
     version: int = 0  # of its weights
     agreed: bool = False  # with the trainer, once
@@ -191,7 +192,7 @@ class Launcher:
         )
         engine = Engine(device, AsyncLLM.from_engine_args(args))
         for handler in logging.getLogger("vllm").handlers:  # what it says in this process
-            if handler.name == "vllm":
+            if handler.name == "vllm" and isinstance(handler, logging.StreamHandler):
                 handler.setStream(self.log.open("a"))
         return engine
 

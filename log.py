@@ -208,7 +208,9 @@ def set_aside(path: Path, name: str, last: float) -> list[dict]:
     folder undone/; returns those that stay."""
     if not path.is_file():
         return []
-    stay, go, rows = [], [], []
+    stay: list[bytes] = []
+    go: list[bytes] = []
+    rows = []
     for line in path.read_bytes().splitlines(keepends=True):
         try:
             row = json.loads(line)

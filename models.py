@@ -7,7 +7,7 @@ What coroutines ask while one batch runs makes up the next.
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -75,7 +75,7 @@ class Frozen:
             self.working = asyncio.create_task(self._work())
         return await future
 
-    def encode(self, texts: Sequence) -> list[Sequence[int]]:
+    def encode(self, texts: Sequence) -> Sequence[Collection[int]]:
         """The token ids of each text."""
         return self.tokenizer(
             texts, truncation=True, max_length=self.longest, add_special_tokens=self.special
@@ -93,7 +93,7 @@ class Frozen:
 
     async def _work(self) -> None:
         while self.waiting:
-            batch = []
+            batch: list[tuple[Sequence, asyncio.Future]] = []
             while self.waiting and sum(len(texts) for texts, _ in batch) < TEXTS:
                 request = self.waiting.popleft()
                 if not request[1].done():  # else nobody waits any more
@@ -102,10 +102,10 @@ class Frozen:
             try:
                 values = await asyncio.get_running_loop().run_in_executor(self.thread, self._compute, texts)
             except Exception as error:
-                outcomes = itertools.repeat(error)
+                outcomes: Iterable = itertools.repeat(error)
             else:
-                values = iter(values)
-                outcomes = [list(itertools.islice(values, len(texts))) for texts, _ in batch]
+                arrays = iter(values)
+                outcomes = [list(itertools.islice(arrays, len(texts))) for texts, _ in batch]
             for (_, future), outcome in zip(batch, outcomes, strict=False):
                 if not future.done():
                     (future.set_exception if isinstance(outcome, Exception) else future.set_result)(outcome)
@@ -122,7 +122,7 @@ class Frozen:
         import torch
 
         ids = [each if len(each) else [self.tokenizer.eos_token_id or 0] for each in self.encode(texts)]
-        values = [None] * len(texts)
+        values: list[np.ndarray] = [None] * len(texts)
         with torch.inference_mode():
             for batch in itertools.takewhile(lambda _: not self.ending, _batches(ids)):
                 # A classifier reads the last token that is not padding. Where that is padded with the end-of-sequence
@@ -139,7 +139,7 @@ class Frozen:
         return values
 
 
-def _batches(ids: list[Sequence[int]]) -> Iterator[list[int]]:
+def _batches(ids: Sequence[Collection[int]]) -> Iterator[list[int]]:
     """Indices of rows alike in length, together at most `BATCH_TOKENS` with the padding."""
     left = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True)
     while left:

@@ -49,7 +49,8 @@ def pack(groups: list[Group], device: torch.device, flex: bool = False) -> Packe
         device: where the rows are to be.
         flex: for flex attention, in one row under a block mask; else in a row each under a boolean mask.
     """
-    rows, sources, targets, owners, places, responses, counts = [], [], [], [], [], [], []
+    rows, sources, targets, owners, places, counts = [], [], [], [], [], []
+    responses: list[Trajectory] = []
     for group in groups:
         unique = list({id(response): response for response in group.responses}.values())
         parts = [group.prompt, *(response.tokens for response in unique)]

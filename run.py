@@ -22,6 +22,7 @@ import time
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -37,6 +38,9 @@ from screen import Failure, clock, printable, say
 from searcher import Response, Searcher
 from trackers import wanted
 from watch import Watch
+
+if TYPE_CHECKING:
+    from trainer import Trainer
 
 PROBE_TOKENS = 64  # on which engines and trainer are compared after each sync
 RESPONSE, UPDATE = "response has arrived", "update has ended"  # what is watched for
@@ -113,7 +117,8 @@ class Run:
         self.checkpoints = checkpoint.Checkpoints(self.out, config.keep)
         self.watch = Watch(config.stall_seconds, self.awaited, RESPONSE, UPDATE)
         self.stopped = 0  # the signal that ended the run
-        self.searcher = self.trainer = None
+        self.searcher: Searcher | None = None  # until `start`
+        self.trainer: Trainer | None = None
         self.updated = asyncio.Event()  # just now
         self.published_new = asyncio.Event()  # the staged weights are newer than the engines'
         self.synced = asyncio.Event()  # no sync is under way: the staging tensor may be written
@@ -285,7 +290,8 @@ class Run:
         if self.config.near_duplicates == "cosine":
             embeddings = await self.scorer.guarded(self.task.embed, scored, scored)
             if embeddings is None:
-                return self.scorer.count(len(scored), len(scored))
+                self.scorer.count(len(scored), len(scored))
+                return None
             for trajectory, embedding in zip(trajectories, embeddings, strict=True):
                 trajectory.embedding = embedding
         return Group(prompt_id, prompt.tokens, trajectories)
@@ -430,7 +436,7 @@ class Run:
     def evaluation_due(self) -> bool:
         """Whether an evaluation is, after this update; the last is `main`'s."""
         every, ended = self.config.eval_every, self.config.ended(self.step, self.log.time)
-        return every and self.step % every == 0 and not ended
+        return every > 0 and self.step % every == 0 and not ended
 
     # ---- checkpoints ----
 

@@ -136,7 +136,7 @@ def serve(queue: SimpleQueue) -> None:
     while True:
         work, arguments, loop, future = queue.get()
         try:
-            outcome = work(*arguments), None
+            outcome: tuple = work(*arguments), None
         except BaseException as error:
             outcome = None, error
         idle.append(queue)

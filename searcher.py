@@ -14,11 +14,15 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from engine import MAX_IN_FLIGHT, Engine, Launcher
 from screen import Failure, say
+
+if TYPE_CHECKING:
+    from weights import Staging
 
 DEATHS, DEATHS_SECONDS = 3, 600  # engines that are replaced in so many seconds; one more ends the run
 
@@ -49,7 +53,7 @@ class Searcher:
     top_p: float = 1.0
     engines: list[Engine] = field(default_factory=list)
     requests: Iterator[int] = field(default_factory=itertools.count)
-    staging: object = None  # weights.Staging, from which the engines take their weights
+    staging: "Staging | None" = None  # from which the engines take their weights
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while `staging` is written, or read out of turn
     restarts: int = 0
     _launcher: Launcher | None = None
@@ -96,7 +100,7 @@ class Searcher:
 
     async def generate(
         self,
-        prompt: Sequence[int],
+        prompt: Sequence[int] | np.ndarray,
         n: int,
         temperature: float | None = None,
         logprobs: bool = False,
@@ -142,7 +146,7 @@ class Searcher:
             for each in output.outputs
         ], version
 
-    async def prompt_logprobs(self, tokens: Sequence[int]) -> list[tuple[Engine, np.ndarray]]:
+    async def prompt_logprobs(self, tokens: Sequence[int] | np.ndarray) -> list[tuple[Engine, np.ndarray]]:
         """(engine, log-probability of each token but the first [T-1] at temperature 1) of every engine.
 
         Asked before all that waits, for a sync waits for it.
@@ -160,7 +164,7 @@ class Searcher:
 
         return await asyncio.gather(*(self._ask(ask, engine) for engine in self.engines))
 
-    async def open_staging(self, staging) -> None:
+    async def open_staging(self, staging: "Staging") -> None:
         """Let every engine open the trainer's staging tensor."""
         await asyncio.gather(*(engine.call("open_staging", staging.handle) for engine in self.engines))
         self.staging = staging

@@ -2,6 +2,7 @@
 
 import dataclasses
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -81,7 +82,8 @@ class WandB:
         self.run.finish()
 
 
-TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB}  # by the flag that asks for them, which is their package too
+# By the flag that asks for them, which is their package too.
+TRACKERS: dict[str, Callable[[Path, Config, int], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
 def wanted(out: Path, config: Config, step: int) -> list[Tracker]:

@@ -61,15 +61,14 @@ class Trainer:
         end_token: int | None = None,
         checkpoint_dir: Path | None = None,
     ):
-        device = torch.device(device)
-        self.objective, self.device, self.temperature = objective, device, temperature
+        self.objective, self.device, self.temperature = objective, torch.device(device), temperature
         self.on_policy, self.max_grad_norm, self.micro_batch_tokens = on_policy, max_grad_norm, micro_batch_tokens
         self.min_tokens = min_tokens
-        compute = torch.bfloat16 if device.type == "cuda" else torch.float32
+        compute = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         reset = checkpoint_dir and (checkpoint_dir / "reference").is_dir()
         try:
-            self.policy = load_model(checkpoint_dir or model, torch.float32, device)
-            reference = load_model(checkpoint_dir / "reference" if reset else model, torch.float32, device)
+            self.policy = load_model(checkpoint_dir or model, torch.float32, self.device)
+            reference = load_model(checkpoint_dir / "reference" if reset else model, torch.float32, self.device)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -85,10 +84,10 @@ class Trainer:
         self.reference.requires_grad_(False)
         for each in (self.policy, self.reference):
             each.eval()  # no dropout: a response has one log-probability
-            if device.type == "cuda":
+            if self.device.type == "cuda":
                 for layer in decoder_layers(each):
                     layer.compile()
-        self.autocast = torch.autocast("cuda", compute) if device.type == "cuda" else contextlib.nullcontext()
+        self.autocast = torch.autocast("cuda", compute) if self.device.type == "cuda" else contextlib.nullcontext()
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=0.0, weight_decay=0.0, fused=True)
         self.stepping = False  # the weights are being changed
         self.staging: Staging | None = None
@@ -210,7 +209,8 @@ class Trainer:
         per_token = (logprobs_N, stored_N("ref_logprobs"), behaviour_N, torch.ones_like(logprobs_N))
         rewards = [response.reward for response in packed.responses]
         rewards_U = torch.tensor(rewards, dtype=torch.float32, device=self.device)  # whole numbers too
-        return Batch(*(packed.padded(each)[index_BK] for each in per_token), rewards_U[index_BK])
+        logprobs_BKT, ref_BKT, behaviour_BKT, mask_BKT = (packed.padded(each)[index_BK] for each in per_token)
+        return Batch(logprobs_BKT, ref_BKT, behaviour_BKT, mask_BKT, rewards_U[index_BK])
 
     def publish(self, tokens: np.ndarray, version: int) -> np.ndarray:
         """Copy the policy's weights to where the engines take them from.

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,6 +141,9 @@ def view(flat: Tensor, layout: Iterable[tuple[str, list[int]]]) -> Iterator[tupl
 
 class StagingReader:
     """The engines' side: vLLM gives these methods to its worker (`worker_extension_cls`)."""
+
+    device: torch.device  # the worker's own
+    model_runner: Any
 
     def belong(self) -> None:
         """End with the program, however it ends, and not before."""

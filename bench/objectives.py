@@ -18,7 +18,7 @@ from bench.runs import at_least, median_and_range, run
 from loss import OBJECTIVES
 
 MOST = 1_000_000  # updates: time ends a run
-CASES = {name: ["--loss", name] for name in OBJECTIVES} | {
+CASES: dict[str, list] = {name: ["--loss", name] for name in OBJECTIVES} | {
     "tb_prime_no_ratio": ["--loss", "tb_prime", "--no-importance-ratio"],
     "dr_grpo_beta_0": ["--loss", "dr_grpo", "--beta", 0],
     "cispo_beta_0": ["--loss", "cispo", "--beta", 0],
@@ -39,7 +39,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for seed in range(arguments.seeds):  # seed by seed, so that the machine's slower minutes meet all alike
-        settings = ("--seed", seed, "--lr", arguments.lr, "--steps", MOST, "--max-seconds", arguments.seconds)
+        settings: tuple = ("--seed", seed, "--lr", arguments.lr, "--steps", MOST, "--max-seconds", arguments.seconds)
         settings += ("--eval-every", 0, "--eval-prompts", arguments.eval_prompts)
         for name in arguments.losses:
             found = run(arguments.out, name, *CASES[name], *settings)

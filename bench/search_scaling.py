@@ -27,7 +27,7 @@ from pathlib import Path
 from bench.runs import at_least, median_and_range, run
 
 PROMPTS, K, LR = 8, 8, 6e-4
-METHODS = {
+METHODS: dict[str, list] = {
     "tb with replay": ["--loss", "tb", "--on-policy-prob", 0.5, "--replay", "reward"],
     "tb without replay": ["--loss", "tb"],
     "grpo": ["--loss", "grpo"],

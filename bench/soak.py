@@ -41,7 +41,8 @@ class Soak:
 
     def __init__(self, out: Path, seed: int):
         self.out, self.chance = out, random.Random(seed)
-        self.faults, self.recoveries = Counter(), Counter()
+        self.faults: Counter[str] = Counter()
+        self.recoveries: Counter[str] = Counter()
         self.updates_lost = 0
         self.memory: list[tuple[float, float]] = []  # (the program, its engine) in MiB
         self.engine_deaths = 0  # of this process, which ends at the fourth in ten minutes

@@ -59,7 +59,7 @@ class Task:
         self.tokenizer = tokenizer
 
     @classmethod
-    def model(cls, config: Config) -> str:
+    def model(cls, config: Any) -> str:
         """The folder or hub id of the model that `config.model` stands for."""
         return config.model
 

@@ -23,7 +23,7 @@ from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tasks
 from config import Config
@@ -64,27 +64,28 @@ class Task(tasks.Task):
         eval_samples: int = 8
         save_every: int = 600
 
-    def __init__(self, config: Config, tokenizer):
+    def __init__(self, config: Settings, tokenizer):
         super().__init__(config, tokenizer)
         if tokenizer and self.chat and config.max_tokens < LEAST_WORDS:
             room = f"max_tokens is {config.max_tokens}: a model that is asked in words needs room for them"
             raise ValueError(f"{room}; --max-tokens 512 --lr 1e-6 is a start")
 
     @classmethod
-    def model(cls, config: Config) -> str:
+    def model(cls, config: Settings) -> str:
         return prepare(config) if config.model == "embedded" else config.model
 
     def problems(self, split: str) -> list[Problem]:
         """Random problems that have a solution. "train" and "test" never have numbers and target in common."""
-        rng, found = random.Random(f"countdown {split}"), {}
+        rng = random.Random(f"countdown {split}")
+        found: dict[tuple[str, int], Problem] = {}
         while len(found) < PROBLEMS[split]:
             numbers, expression = random_expression(rng, self.config.numbers)
-            target = evaluate(expression)
+            target = int(evaluate(expression))
             if target in TARGETS and held_out(numbers, target) == (split == "test"):
                 listed = " ".join(map(str, numbers))
                 question = QUESTION.format(numbers=listed, target=target)
                 chat = [{"role": "user", "content": question}] if self.chat else f"{listed}={target}:"
-                found[listed, target] = Problem(chat, {"numbers": numbers, "target": int(target)})
+                found[listed, target] = Problem(chat, {"numbers": numbers, "target": target})
         return list(found.values())
 
     def reward(self, problem: Problem, responses: list[tasks.Response]) -> list[float]:
@@ -186,11 +187,12 @@ def evaluate(expression: str) -> Fraction:
 # ---- the embedded model ----
 
 CHARACTERS = "0123456789 +-=:"
-WARM_UP = dict(hidden=64, layers=2, steps=1300, batch=64, lr=4e-3, wrong_from=0.75, version=2)  # count version up
+# Count the version up with every change.
+WARM_UP: dict[str, Any] = dict(hidden=64, layers=2, steps=1300, batch=64, lr=4e-3, wrong_from=0.75, version=2)
 WRONG = {3: 0.5, 4: 0.8}  # share of wrong demonstrations from then on, by how many numbers a problem has
 
 
-def prepare(config: Config) -> str:
+def prepare(config: Task.Settings) -> str:
     """The folder of the embedded model for a seed; it is trained first where the cache does not hold it, but for a dry
     run, which never reads its weights."""
     what = [WARM_UP, WRONG, CHARACTERS, config.numbers, LARGEST, list(TARGETS), HELD_OUT, config.seed]

@@ -67,7 +67,7 @@ class Task(tasks.Task):
 
         positive: ClassVar = ("grade_seconds",)
 
-    def __init__(self, config: Config, tokenizer):
+    def __init__(self, config: Settings, tokenizer):
         from pebble import ProcessPool
 
         super().__init__(config, tokenizer)

@@ -12,6 +12,7 @@ together from twice to once their final values: the schedule of a temperature of
 """
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -98,13 +99,13 @@ class Task(tasks.Task):
         at_most: ClassVar = dict(victim_top_p=1, victim_memory=1, victim_max_tokens=VICTIM_TOKENS // 2)
         positive: ClassVar = ("victim_temperature", "victim_top_p", "victim_memory")
 
-    def __init__(self, config: Config, tokenizer):
+    def __init__(self, config: Settings, tokenizer):
         super().__init__(config, tokenizer)
         settings, self.victim_tokenizer = load_settings(config.victim, "victim")
         self.victim_longest = min(VICTIM_TOKENS, getattr(settings, "max_position_embeddings", None) or VICTIM_TOKENS)
         settings, _ = load_settings(config.classifier, "classifier")
         if classifies(settings):
-            self.classifier = Classifier(config.classifier, "classifier", config.toxic_label)
+            self.classifier: Classifier | Guard = Classifier(config.classifier, "classifier", config.toxic_label)
         else:
             self.classifier = Guard(config.classifier, "classifier", config.guard_opening)
         self.embedder = Embedder(config.embedder, "embedder")
@@ -116,7 +117,7 @@ class Task(tasks.Task):
             return [Problem(INSTRUCTION)]
         return [Problem(row["prompt"]) for _, row in data.rows(self.config.data, "train", ("prompt",))]
 
-    async def start(self, devices: list[str], cores: set[int], log: Path) -> None:
+    async def start(self, devices: Sequence[str], cores: set[int], log: Path) -> None:
         config, device = self.config, devices[-1]
         self.victim = Searcher([device], config.victim_temperature, config.victim_max_tokens, top_p=config.victim_top_p)
         memory = {device: config.victim_memory}

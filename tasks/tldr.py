@@ -9,6 +9,7 @@ The defaults are the paper's for Pythia 1B on 4 GPUs.
 """
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 import data
 import tasks
 from config import Config
-from models import LanguageModel, RewardModel, plain
+from models import Frozen, LanguageModel, RewardModel, plain
 from tasks import Answered, Problem
 
 NO_END = -1.0  # reward of a response that was cut off
@@ -62,10 +63,10 @@ class Task(tasks.Task):
     best = "win_rate"
     evaluation_logprobs = True
 
-    def __init__(self, config: Config, tokenizer):
+    def __init__(self, config: Settings, tokenizer):
         super().__init__(config, tokenizer)
         self.scores = RewardModel(config.reward_model, "reward_model")
-        self.models = [self.scores]
+        self.models: list[Frozen] = [self.scores]
         if config.eval_prompts:
             self.gold = RewardModel(config.gold_reward_model, "gold_reward_model")
             self.sft = LanguageModel(config.model, "model", (1.0, config.temperature))
@@ -76,7 +77,7 @@ class Task(tasks.Task):
         found = data.rows(self.config.data, split, ("query", "reference_response"))
         return [Problem(row["query"], row["reference_response"]) for _, row in found]
 
-    async def start(self, devices: list[str], cores: set[int], log: Path) -> None:
+    async def start(self, devices: Sequence[str], cores: set[int], log: Path) -> None:
         for model in self.models:
             await model.load(devices[-1], cores)
 
@@ -123,4 +124,4 @@ class Task(tasks.Task):
 
 def judged(model: RewardModel, problem: Problem, response: str) -> str:
     """What a reward model reads: the query, the response, and the end of the sequence, once."""
-    return problem.prompt + plain(response, model.tokenizer) + (model.tokenizer.eos_token or "")
+    return f"{problem.prompt}{plain(response, model.tokenizer)}{model.tokenizer.eos_token or ''}"
