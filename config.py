@@ -142,6 +142,8 @@ class Config:
     """Metrics for Weights & Biases too (pip install wandb)."""
     dry_run: bool = False
     """Show the resolved settings and the first prompt as the model sees it, and end."""
+    plan: bool = False
+    """Show what memory the run needs on each device, from the model's config alone, whether it fits, and end."""
 
     at_least: ClassVar[dict[str, float]] = {}  # limits of a task's own settings, as AT_LEAST below
     at_most: ClassVar[dict[str, float]] = {}
@@ -240,9 +242,9 @@ ONE_OF: dict[str, Collection[str]] = dict(
 STRICT: dict[str, Any] = dict(strict=True, sync_every=1, on_policy_prob=1.0, prime=0)  # defaults with --strict
 MAY_CHANGE = {  # in a run that is resumed: how long it lasts, what is looked at and kept, and on which devices
     "steps", "max_seconds", "eval_every", "eval_prompts", "eval_samples", "save_every", "keep", "stall_seconds",
-    "check_sync", "out", "resume", "dry_run", "reward_timeout", "reward_concurrency", "search_ahead",
-    "tensorboard", "wandb", "buffer_responses", "buffer_gib", "micro_batch_tokens", "train_device", "search_devices",
-    "gpu_memory_utilization",
+    "check_sync", "out", "resume", "dry_run", "plan", "reward_timeout", "reward_concurrency",
+    "search_ahead", "tensorboard", "wandb", "buffer_responses", "buffer_gib", "micro_batch_tokens", "train_device",
+    "search_devices", "gpu_memory_utilization",
 }  # fmt: skip
 
 

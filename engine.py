@@ -18,6 +18,7 @@ from screen import Failure
 
 MAX_IN_FLIGHT = {"cuda": 512, "cpu": 256}  # sequences of an engine: on CUDA the captured graphs end there
 PROGRAM = "TBA_PROGRAM"  # in the environment of engines: the process that they belong to
+CPU_CACHE = 2**30  # bytes of keys and values that an engine on the CPU holds
 CALL_SECONDS = 300  # for an engine to answer a call
 
 spawning = asyncio.Lock()  # held while the environment and the output are what the next process is to inherit
@@ -171,7 +172,7 @@ class Launcher:
                 enforce_eager=True,
                 distributed_executor_backend="uni",
                 enable_prefix_caching=False,  # its blocks of 128 tokens are longer than most prompts here
-                kv_cache_memory_bytes=2**30,
+                kv_cache_memory_bytes=CPU_CACHE,
                 # Its sampler on the CPU dies of a prompt in chunks that has a seed of its own.
                 enable_chunked_prefill=False,
                 max_num_batched_tokens=max(4096, self.max_model_len),

@@ -36,3 +36,8 @@ def devices(train: str, search: Sequence[str]) -> tuple[str, list[str]]:
     if gpus and "cpu" in search:
         raise ValueError("search_devices is 'cpu': with GPUs vLLM is installed for them and searches nowhere else")
     return train, list(search)
+
+
+def engine_memory(train: str, search: Sequence[str], share: float) -> dict[str, float]:
+    """By search device, the share of a GPU's memory that its engine takes: `share`, unless that is 0."""
+    return {device: share or (0.4 if device == train else 0.9) for device in search}

@@ -65,10 +65,10 @@ class Run:
     """
 
     def __init__(self, config: Config):
-        with clock("importing PyTorch and transformers"):
+        with clock("importing PyTorch and transformers", leave=False):
             from transformers.utils.logging import disable_progress_bar
 
-            from machine import cores, devices, pin
+            from machine import cores, devices, engine_memory, pin
             from trainer import load_tokenizer
 
         disable_progress_bar()
@@ -76,8 +76,9 @@ class Run:
         self.config, kind = config, tasks.load(config.task)
         self.out = Path(config.out or f"runs/{Path(config.task).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
         self.train_device, self.search_devices = devices(config.train_device, config.search_devices)
+        self.engine_memory = engine_memory(self.train_device, self.search_devices, config.gpu_memory_utilization)
         self.model = kind.model(config)
-        self.tokenizer, longest = load_tokenizer(self.model)
+        self.tokenizer, longest = load_tokenizer(self.model, weights=not config.plan)
         self.task = kind(config, self.tokenizer)
         if config.near_duplicates == "cosine" and kind.embed is tasks.Task.embed:
             raise ValueError(f"near_duplicates is 'cosine': task {config.task} has no embeddings to compare by")
@@ -87,6 +88,7 @@ class Run:
             raise ValueError(f"prompts_per_step is {config.prompts_per_step}: there are {len(self.prompts)} problems")
         test = self.task.problems("test")[: config.eval_prompts] if config.eval_prompts else []
         self.test = encode(test, self.tokenizer, room) if test else []
+        self.longest = max(len(prompt.tokens) for prompt in self.prompts + self.test) + config.max_tokens  # sequence
         self.demonstrations = {}
         if config.seed_data:
             self.demonstrations = demonstrations(
@@ -189,7 +191,6 @@ class Run:
         from weights import share
 
         config, searching = self.config, ", ".join(self.search_devices)
-        tokens = max(len(prompt.tokens) for prompt in self.prompts + self.test) + config.max_tokens
         # One after the other: on a GPU that they share, the engine counts what is in use when it starts.
         with clock(f"loading policy and reference on {self.train_device}"):
             self.trainer = await in_thread(
@@ -200,15 +201,12 @@ class Run:
         self.searcher = searcher = Searcher(
             self.search_devices, config.temperature, config.max_tokens, config.min_tokens
         )
-        memory = {device: 0.4 if device == self.train_device else 0.9 for device in self.search_devices}
-        if config.gpu_memory_utilization:
-            memory = dict.fromkeys(memory, config.gpu_memory_utilization)
-        log = self.out / "engine.log"
+        log, seed = self.out / "engine.log", config.seed + self.step
         with clock(f"starting vLLM on {searching}"):
-            await searcher.start(self.model, tokens, config.seed + self.step, memory, self.search_cores, log)
+            await searcher.start(self.model, self.longest, seed, self.engine_memory, self.search_cores, log)
             self.trainer.staging = await share(self.trainer.policy, searcher)
             longest = max((prompt.tokens for prompt in self.prompts), key=len)
-            self.probe = np.resize(longest, min(PROBE_TOKENS, tokens - 1))  # repeated where it is shorter
+            self.probe = np.resize(longest, min(PROBE_TOKENS, self.longest - 1))  # repeated where it is shorter
             await self.publish()
             await self.load_published()
         if type(self.task).start is not tasks.Task.start:

@@ -53,8 +53,13 @@ def say(text: str, complaint: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def clock(what: str) -> Iterator[None]:
-    """Show what is under way and for how long, and in the end how long it took, unless that is nothing."""
+def clock(what: str, leave: bool = True) -> Iterator[None]:
+    """Show what is under way and for how long, and in the end how long it took, unless that is nothing.
+
+    Args:
+        what: is under way.
+        leave: a line that stays; else only a terminal shows it, while it lasts.
+    """
     began, done = time.perf_counter(), threading.Event()
 
     def tick() -> None:
@@ -69,7 +74,7 @@ def clock(what: str) -> Iterator[None]:
     ticking = threading.Thread(target=tick, daemon=True)
     if sys.stderr.isatty():
         ticking.start()
-    else:
+    elif leave:
         say(f"{what} ...")
     try:
         yield
@@ -77,7 +82,7 @@ def clock(what: str) -> Iterator[None]:
         done.set()
         if ticking.ident:
             ticking.join()
-    if (seconds := time.perf_counter() - began) >= 1:
+    if leave and (seconds := time.perf_counter() - began) >= 1:
         say(f"{what} took {seconds:.0f} s")
 
 

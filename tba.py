@@ -5,6 +5,7 @@
     python tba.py --task gsm8k --model DIR --data DIR --steps 100 --out runs/mine
     python tba.py --task gsm8k --help               every setting, with the task's defaults
     python tba.py --task gsm8k --dry-run            what it would do, and the first prompt as the model sees it
+    python tba.py --task gsm8k --plan               what memory it would take on each device, and whether it fits
     python tba.py --resume runs/mine                go on from the newest checkpoint
 
 This is the command; run.py has the run.
@@ -39,6 +40,11 @@ def main() -> int:
         run = Run(parse(sys.argv[1:]))
         if run.config.dry_run:
             run.show()
+            return 0
+        if run.config.plan:
+            from plan import Plan
+
+            Plan(run).show()
             return 0
         run.open()
     except ValueError as error:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from buffer import Group, Trajectory
 from loss import Batch
@@ -33,7 +33,7 @@ class Trainer:
     """Trains a policy on batches of groups.
 
     Args:
-        model: a Hugging Face folder or hub id.
+        model: a Hugging Face folder or hub id; or a config, for policy and reference with random weights.
         objective: one of `loss.OBJECTIVES`.
         device: where policy and reference live.
         temperature: of the sampling; logits are divided by it, the policy's and the reference's alike.
@@ -50,7 +50,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: str,
+        model: str | PreTrainedConfig,
         objective: Callable,
         device: str,
         temperature: float = 1.0,
@@ -268,8 +268,12 @@ def out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
-def load_tokenizer(model: str) -> tuple[PreTrainedTokenizerBase, int]:
+def load_tokenizer(model: str, weights: bool = True) -> tuple[PreTrainedTokenizerBase, int]:
     """A model's tokenizer, and the longest sequence that the model takes, in tokens.
+
+    Args:
+        model: a Hugging Face folder or hub id.
+        weights: whether a folder must have them.
 
     Raises:
         ValueError: there is no such model.
@@ -278,20 +282,23 @@ def load_tokenizer(model: str) -> tuple[PreTrainedTokenizerBase, int]:
     for scaling in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(settings, scaling, None) not in (None, 1.0):
             raise ValueError(f"model is {model!r}: it must be one whose logits are not scaled ({scaling})")
-    if Path(model).is_dir() and not any(path.suffix in (".safetensors", ".bin") for path in Path(model).iterdir()):
+    found = not Path(model).is_dir() or any(path.suffix in (".safetensors", ".bin") for path in Path(model).iterdir())
+    if weights and not found:
         raise ValueError(f"model is {model!r}: it must be a folder with weights (*.safetensors)")
     longest = getattr(settings, "max_position_embeddings", None) or 2**20
     window = getattr(settings, "sliding_window", None)  # packed rows have none: stay inside it
     return tokenizer, min(longest, window or longest)
 
 
-def load_model(model: str | Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_model(model: str | Path | PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """A model with flex attention on CUDA where its architecture has it; else with torch's own."""
-    load = AutoModelForCausalLM.from_pretrained
+    from_config = isinstance(model, PreTrainedConfig)
+    load = AutoModelForCausalLM.from_config if from_config else AutoModelForCausalLM.from_pretrained
     if device.type == "cuda":
         with contextlib.suppress(ValueError):  # GPT-2, for one, does not have it
             return load(model, dtype=dtype, attn_implementation="flex_attention").to(device)
-    return load(model, dtype=dtype, attn_implementation="sdpa").to(device)
+    loaded = load(model, dtype=dtype, attn_implementation="sdpa")
+    return loaded if loaded.device == device else loaded.to(device)  # fake tensors (rehearsal.py) refuse even that
 
 
 def lighten(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -303,7 +310,8 @@ def lighten(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     embedding = model.get_input_embeddings().weight
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.weight is not embedding:  # tied, it is read as an embedding too
-            module.to(dtype)
+            for name, weight in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(weight.to(dtype), weight.requires_grad))
     return model
 
 

@@ -194,12 +194,12 @@ WRONG = {3: 0.5, 4: 0.8}  # share of wrong demonstrations from then on, by how m
 
 def prepare(config: Task.Settings) -> str:
     """The folder of the embedded model for a seed; it is trained first where the cache does not hold it, but for a dry
-    run, which never reads its weights."""
+    run or a plan, which never read its weights."""
     what = [WARM_UP, WRONG, CHARACTERS, config.numbers, LARGEST, list(TARGETS), HELD_OUT, config.seed]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tba"
     folder = cache / f"countdown-{key}"
-    if config.dry_run and not folder.is_dir():
+    if (config.dry_run or config.plan) and not folder.is_dir():
         untrained = tempfile.TemporaryDirectory()
         atexit.register(untrained.cleanup)
         warm_up(Path(untrained.name), config.seed, config.numbers, steps=0)

@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -188,7 +189,7 @@ def test_a_run_survives_what_goes_wrong(embedded, tmp_path, nothing_left, main, 
 
     assert "the engine on cpu is gone (it died): starting another" in done.out
     assert "the new engine on cpu is ready" in done.out
-    assert "no response has arrived for 4 s: " in done.out and "an engine that died is being replaced" in done.out
+    assert re.search(r"no response has arrived for \d s: .*an engine that died is being replaced", done.out)
     assert found[-1]["engine_restarts"] == 1 and found[-1]["sync_diff_max"] < 1e-4
 
     folder, state = newest(out)

@@ -100,6 +100,8 @@ def test_a_clock_says_what_took_long(monkeypatch, capsys):
         now[0] += 12.4
     with clock("looking"):
         now[0] += 0.5
+    with clock("importing", leave=False):
+        now[0] += 4.0
     assert capsys.readouterr().out.splitlines() == ["starting ...", "starting took 12 s", "looking ..."]
     with pytest.raises(KeyError), clock("failing"):
         raise KeyError
