@@ -11,7 +11,7 @@ REQUIREMENTS := $(if $(GPU),requirements.txt,requirements-cpu.txt)
 TORCH := $(shell grep -i '^torch==' requirements-cpu.txt)
 
 # What pip does, in a few lines.
-PIP = .venv/bin/pip install --disable-pip-version-check --progress-bar off
+PIP = PYTHONUNBUFFERED=1 .venv/bin/pip install --disable-pip-version-check --progress-bar off
 SHOW = awk '/^Collecting/ && ++n % 25 == 0 { print "  " n " packages are here"; fflush() } \
 	/^Installing/ { print "  unpacking them: a minute"; fflush() }'
 
@@ -29,11 +29,11 @@ test: .venv/installed-dev
 lint: .venv/installed-dev
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 
-bench: .venv/installed-dev
+bench: $(if $(BENCH),.venv/installed-dev)
 ifdef BENCH
 	@.venv/bin/python -m bench.$(BENCH) $(ARGS)
 else
-	@sed -n 's/^| `python -m bench.\([a-z_]*\).*` | \(.*\) |$$/make bench BENCH=\1: \2/p' bench/README.md
+	@sed -n 's/^| `python -m bench.\([a-z_]*\).*` | \(.*\) |$$/make bench BENCH=\1: \2/p' bench/README.md | tr -d '\\'
 endif
 
 clean:
@@ -60,5 +60,6 @@ endif
 	@echo "installed in $$(( $$(date +%s) - $$(cat .venv/began) )) s"; touch $@
 
 .venv/installed-dev: .venv/installed requirements-dev.txt
+	@echo "installing requirements-dev.txt into .venv: half a minute, once"
 	@.venv/bin/pip install -q --no-deps --disable-pip-version-check -r requirements-dev.txt
 	@touch $@

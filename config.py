@@ -111,7 +111,7 @@ class Config:
     near_duplicate_distance: float = 0.25
     """How near: edits over the tokens of both, or cosine distance. Only a better response replaces a near duplicate."""
     replay: str = "uniform"
-    """How responses of a prompt that is not new are chosen: uniform, or by softmax of the reward."""
+    """How responses of a prompt that is not new are chosen: uniform, or reward (by its softmax)."""
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to it."""
     micro_batch_tokens: int = 16384
@@ -402,5 +402,6 @@ def command_line(defaults: Config, arguments: list[str]) -> Config:
     except SystemExit as stop:
         if stop.code:  # tyro draws a box around what is wrong: keep its first line
             lines = [line.strip("│ ") for line in complaint.getvalue().splitlines()]
-            raise ValueError(next(line for line in lines if line and line[0] not in "╭─╰")) from None
+            wrong = next(line for line in lines if line and line[0] not in "╭─╰")
+            raise ValueError(f"{wrong} (--help lists what there is)" if "nrecognized" in wrong else wrong) from None
         raise

@@ -9,6 +9,7 @@ import itertools
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
@@ -24,6 +25,10 @@ def load_settings(model: str, field: str):
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    if model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
+        raise ValueError(f"{field} is {model!r}: it must be a Hugging Face folder or hub id, and is no folder")
+    if model == "embedded":
+        raise ValueError(f"{field} is 'embedded', which only Countdown has: it must be a Hugging Face folder or hub id")
     try:
         return tuple(each.from_pretrained(model, trust_remote_code=False) for each in (AutoConfig, AutoTokenizer))
     except Exception as error:  # transformers lets through what its parsers raise

@@ -1,7 +1,7 @@
 """Runs as a page, for a browser and from disk: no server, no network.
 
     python report.py runs/NAME                   writes runs/NAME/report.html; a run writes it too when it ends
-    python report.py runs/ONE runs/OTHER         lays them over one another, in runs/ONE/report.html
+    python report.py runs/ONE runs/OTHER         lays them over one another, in runs/report.html
     python report.py runs/* --output all.html
 
 It reads what a run leaves (log.py), also while the run goes on. What it shows and how is in report_page.html; here the
@@ -217,9 +217,10 @@ def main() -> int:
     """The command line. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="OUT", help="folders of runs")
-    parser.add_argument("--output", type=Path, help="the page; default: report.html in the first of them")
+    parser.add_argument("--output", type=Path, help="the page; default: OUT/report.html, of several beside them")
     arguments = parser.parse_args()
-    page = arguments.output or arguments.runs[0] / "report.html"
+    first = arguments.runs[0]
+    page = arguments.output or (first if len(arguments.runs) == 1 else first.resolve().parent) / "report.html"
     try:
         write(arguments.runs, page)
     except (ValueError, OSError) as error:

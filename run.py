@@ -135,7 +135,8 @@ class Run:
         print(f"\ntraining on {self.train_device}, searching on {', '.join(self.search_devices)}")
         print(f"{len(self.prompts)} training problems, {len(self.test)} test problems in an evaluation")
         first = self.prompts[0]
-        print(f"the first prompt as the model sees it, {len(first.tokens)} tokens:\n\n{printable(first.text)}")
+        seen = self.tokenizer.decode(first.tokens, clean_up_tokenization_spaces=False)
+        print(f"the first prompt as the model sees it, {len(first.tokens)} tokens:\n\n{printable(seen)}")
 
     def open(self) -> None:
         """Make the run's folder and begin its files.
@@ -397,7 +398,8 @@ class Run:
             return
         self.bad += 1
         self.skipped += 1
-        prompts = ", ".join(f"{g.prompt_id} ({self.prompts[g.prompt_id].text[:40]!r})" for g in groups)
+        prompts = ", ".join(f"{g.prompt_id} ({self.prompts[g.prompt_id].text[:40]!r})" for g in groups[:3])
+        prompts += f" and {len(groups) - 3} more" * (len(groups) > 3)
         say(
             f"update {self.step + 1} is skipped: its loss is {figures['loss']:.4g}, the norm of its gradient "
             f"{figures['grad_norm']:.4g}; its prompts are {prompts}"
@@ -570,6 +572,8 @@ class Run:
         with first, self.log.span("evaluate"):
             figures = self.task.evaluate(await asyncio.gather(*map(answer, self.test)))
             figures = await figures if inspect.isawaitable(figures) else figures
+        if self.task.best not in figures and not self.log.evaluations:
+            say(f"no checkpoint is told to be the best: `evaluate` gives no {self.task.best!r} (`best` of the task)")
         self.log.evaluation(step, {name: float(value) for name, value in figures.items()})
         self.checkpoints.score(step, self.log.evaluations[step].get(self.task.best, math.nan))
 

@@ -62,17 +62,18 @@ def clock(what: str, leave: bool = True) -> Iterator[None]:
     """
     began, done = time.perf_counter(), threading.Event()
 
-    def tick() -> None:
-        # A file of its own: engines are started with the standard ones leading to their log.
+    def tick(file: int) -> None:
         with (
-            os.fdopen(os.dup(sys.stderr.fileno()), "w") as terminal,
+            os.fdopen(file, "w") as terminal,
             tqdm(desc=f"{what} ...", bar_format="{desc}", leave=False, ncols=COLUMNS, file=terminal) as line,
         ):
             while not done.wait(0.5):
                 line.set_description_str(f"{what} ... {time.perf_counter() - began:.0f} s")
 
-    ticking = threading.Thread(target=tick, daemon=True)
+    ticking = None
     if sys.stderr.isatty():
+        # A file of its own, from here on: engines are started while the standard ones lead to their log.
+        ticking = threading.Thread(target=tick, args=(os.dup(sys.stderr.fileno()),), daemon=True)
         ticking.start()
     elif leave:
         say(f"{what} ...")
@@ -80,7 +81,7 @@ def clock(what: str, leave: bool = True) -> Iterator[None]:
         yield
     finally:
         done.set()
-        if ticking.ident:
+        if ticking:
             ticking.join()
     if leave and (seconds := time.perf_counter() - began) >= 1:
         say(f"{what} took {seconds:.0f} s")

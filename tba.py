@@ -25,6 +25,7 @@ if PROGRAM in os.environ:  # an engine's process, which imports what its program
     die_with_parent()
 
 import report
+from checkpoint import by_step
 from config import parse
 from run import Finished, Run
 from screen import Failure, Screen, say, table
@@ -77,9 +78,12 @@ def main() -> int:
     except Exception as error:  # which takes nothing from the run
         say(f"report.html cannot be written ({error}): python report.py {run.out} tries again")
     ended = "stopped at" if code else "done:"
-    say(f"{ended} step {run.step}; open {run.out}/report.html; metrics, samples, checkpoints and model/ are beside it")
-    if code and run.step > run.first:
-        say(f"go on with: python tba.py --resume {run.out}")
+    left = {"checkpoints": "checkpoints", "model": "the policy (model/)"}
+    beside = ["metrics", "samples", *(what for name, what in left.items() if (run.out / name).is_dir())]
+    say(f"{ended} step {run.step}; open {run.out}/report.html; beside it are {', '.join(beside)}")
+    if code and run.step > run.first and by_step(run.out):
+        program = sys.modules["__main__"].__spec__
+        say(f"go on with: python {f'-m {program.name}' if program else sys.argv[0]} --resume {run.out}")
     return code
 
 

@@ -180,6 +180,8 @@ class Trainer:
             logprobs_N, entropy_N = self.logprobs(self.policy, batch, self.temperature, self.min_tokens)
             data = self._batch(micro, batch, logprobs_N)
             loss = self.objective(replace(data, ref_BKT=data.ref_BKT / gamma), beta)
+            if loss.ndim:
+                raise Failure(f"loss {self.objective.__name__} gives a {list(loss.shape)}: it must give one number")
             (loss * share).backward()
             kl = (data.logprobs_BKT.detach() - data.ref_BKT).sum(-1).mean()
             totals += torch.stack([share * loss.detach(), share * kl, entropy_N.detach().sum()])

@@ -11,6 +11,7 @@ first, and the README has a whole task to copy; `--task path/to/file.py` trains 
 
 import importlib
 import importlib.util
+import math
 import pkgutil
 import sys
 from collections.abc import Awaitable, Sequence
@@ -106,7 +107,8 @@ def accuracy(answers: list[Answered]) -> dict[str, float]:
 
     Returns:
         `greedy`; `pass@1`, the mean over the K samples; `pass@k`, any of the K is right; `distinct`, how many different
-        right texts there are among the K; `truncated`, the share of samples that were cut off.
+        right texts there are among the K; `truncated`, the share of samples that were cut off; and, where rewards are
+        other than 0 and 1, `reward`, their mean over the samples.
 
     >>> def sample(text, reward):
     ...     return Response(np.array([1]), True, None, text=text, reward=reward)
@@ -116,13 +118,15 @@ def accuracy(answers: list[Answered]) -> dict[str, float]:
     """
     right_NK = np.array([[sample.reward > 0 for sample in each.samples] for each in answers])
     distinct = [len({sample.text.strip() for sample in each.samples if sample.reward > 0}) for each in answers]
+    rewards = [sample.reward for each in answers for sample in each.samples if not math.isnan(sample.reward)]
+    graded = {"reward": float(np.mean(rewards))} if set(rewards) - {0.0, 1.0} else {}
     return {
         "greedy": float(np.mean([each.greedy.reward > 0 for each in answers])),
         "pass@1": float(right_NK.mean()),
         "pass@k": float(right_NK.any(axis=1).mean()),
         "distinct": float(np.mean(distinct)),
         "truncated": float(np.mean([not sample.finished for each in answers for sample in each.samples])),
-    }
+    } | graded
 
 
 def names() -> list[str]:

@@ -97,7 +97,10 @@ def test_it_is_readable_wide_and_narrow_light_and_dark(browser, page_of_a_run, w
         assert page.locator("#charts h3").all_inner_texts()[0].startswith("Held out")
         assert page.locator("#spans .bars path").count() >= 3
         assert "one <b>run" in page.locator("#summary").inner_text()
-        assert "0.250 → 0.750" in page.locator("#summary").inner_text()
+        cells = page.locator("#summary td").all_inner_texts()
+        assert cells[3] == "30" and cells[5:] == ["0.250 → 0.750", "0.25", "2", "75 %", "50 %"]
+        fits = "document.querySelector('#summary').scrollWidth <= document.querySelector('.scroll').clientWidth"
+        assert page.evaluate(fits) == (width == 1280)
         lightness = "getComputedStyle(document.body)[{}].match(/\\d+/g).reduce((a, b) => a + +b, 0) / 3"
         text, ground = (page.evaluate(lightness.format(repr(name))) for name in ("color", "backgroundColor"))
         assert (text < 60 and ground > 200) if scheme == "light" else (text > 200 and ground < 60)
@@ -139,6 +142,8 @@ def test_several_runs_are_laid_over_one_another(browser, tmp_path, page_of_a_run
     (empty / "config.json").write_text(json.dumps(vars(Config(model="m", lr=0.25))))
     report.write([page_of_a_run.parent, other, empty], tmp_path / "all.html")
     with opened(browser, tmp_path / "all.html") as page:
+        cells = page.locator("#summary tr").nth(3).locator("td").all_inner_texts()
+        assert cells[3:] == ["0", "0 s", "", "", "", "", ""]
         assert page.evaluate("document.querySelector('#charts .plot').data.map(trace => trace.name)") == [
             "one &lt;b>run: pass@1", "other: pass@1",
         ]  # fmt: skip

@@ -389,6 +389,17 @@ def test_an_update_that_runs_out_of_memory_is_made_again_in_halves(make_model, t
     assert all(torch.equal(a, b) for a, b in zip(before, short.policy.parameters(), strict=True))
 
 
+def test_a_loss_that_is_no_single_number_is_named(make_model, monkeypatch):
+    def each(batch, beta):
+        return (batch.logprobs_BKT - batch.ref_BKT).sum(-1)
+
+    trainer = Trainer(str(make_model("llama")), each, "cpu")
+    tokens = np.array([1, 2], np.int32)
+    groups = [Group(0, tokens, [Trajectory(tokens, True, 0.0, 0), Trajectory(tokens + 1, True, 0.0, 0)])]
+    with pytest.raises(Failure, match=r"loss each gives a \[1, 2\]: it must give one number"):
+        trainer.update(groups, beta=1.0, lr=1e-4)
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient", "one token"])
 def test_an_update_that_is_not_finite_is_not_made(make_model, tokenizer, where):
     trainer, groups = Trainer(str(make_model("llama", False)), tb, "cpu"), make_groups(len(tokenizer))
