@@ -112,9 +112,13 @@ def when(condition, *actions) -> threading.Thread:
     """Do something as soon as it holds, then the next as soon as the next holds: condition, action, condition, ..."""
 
     def work():
-        for holds, action in zip((condition, *actions[1::2]), actions[::2], strict=True):
-            wait_for(holds, seconds=60)
-            action()
+        try:
+            for holds, action in zip((condition, *actions[1::2]), actions[::2], strict=True):
+                wait_for(holds, seconds=180)
+                action()
+        except BaseException:
+            os.kill(os.getpid(), signal.SIGINT)  # else the run would have no end
+            raise
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
