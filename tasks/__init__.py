@@ -11,7 +11,6 @@ first, and the README has a whole task to copy; `--task path/to/file.py` trains 
 
 import importlib
 import importlib.util
-import math
 import pkgutil
 import sys
 from collections.abc import Awaitable, Sequence
@@ -118,8 +117,9 @@ def accuracy(answers: list[Answered]) -> dict[str, float]:
     """
     right_NK = np.array([[sample.reward > 0 for sample in each.samples] for each in answers])
     distinct = [len({sample.text.strip() for sample in each.samples if sample.reward > 0}) for each in answers]
-    rewards = [sample.reward for each in answers for sample in each.samples if not math.isnan(sample.reward)]
-    graded = {"reward": float(np.mean(rewards))} if set(rewards) - {0.0, 1.0} else {}
+    rewards = np.array([sample.reward for each in answers for sample in each.samples])
+    rewards = rewards[~np.isnan(rewards)]  # a reward that failed
+    graded = {"reward": float(rewards.mean())} if set(rewards) - {0.0, 1.0} else {}
     return {
         "greedy": float(np.mean([each.greedy.reward > 0 for each in answers])),
         "pass@1": float(right_NK.mean()),
