@@ -7,7 +7,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -52,6 +52,22 @@ def figures(out: Path) -> dict[str, float]:
     if evaluations:
         found |= evaluations[-1] | {f"{key} before": value for key, value in evaluations[0].items()}
     return found
+
+
+def parser(doc: str, repeats: int = 5) -> argparse.ArgumentParser:
+    """A command line with --repeats and --json."""
+    commands = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands.add_argument("--repeats", type=at_least(1), default=repeats, help="of each measurement")
+    commands.add_argument("--json", action="store_true", help="print all figures as one JSON object, last")
+    return commands
+
+
+def show(names: Sequence[str], rows: Iterable[Sequence[str]], figures: dict, as_json: bool) -> None:
+    """Print a table, and the figures where they are wanted."""
+    for cells in (names, ["---"] * len(names), *rows):
+        print(f"| {' | '.join(cells)} |")
+    if as_json:
+        print(json.dumps(figures))
 
 
 def at_least(low: int) -> Callable[[str], int]:

@@ -1,35 +1,44 @@
 """The forks in examples/, as their first lines say to run them."""
 
+import importlib
 import json
 import subprocess
 import sys
-
-import pytest
+from pathlib import Path
 
 from tests.runs import PROJECT, updates_of
 
+SHORT = ("--steps", 15, "--prime", 64, "--eval-prompts", 0, "--save-every", 0)
 
-@pytest.mark.parametrize(
-    ("module", "flag"),
-    [
-        ("best_and_worst", ("--replay", "best_and_worst", "--on-policy-prob", "0.5")),
-        ("tb_huber", ("--loss", "tb_huber")),
-    ],
-)
-def test_a_fork_runs(module, flag, embedded, tmp_path, nothing_left):
+
+def given(module: str) -> list[str]:
+    """The command in its docstring."""
     text = (PROJECT / "examples" / f"{module}.py").read_text()
-    given = f"python -m examples.{module} {' '.join(flag)}"
-    assert given in text.splitlines()
-    arguments = [
-        *("--model", embedded[1], "--out", tmp_path / "run", "--steps", 15, "--prime", 64, "--eval-prompts", 0),
-        *("--save-every", 0),
-    ]
-    command = [sys.executable, *given.split()[1:], *map(str, arguments)]
+    return next(line for line in text.splitlines() if line.startswith(f"python -m examples.{module} ")).split()
+
+
+def left(out: Path) -> dict:
+    """The settings of a run that has made its updates."""
+    assert len(updates_of(out)) == 15
+    return json.loads((out / "config.json").read_text())
+
+
+def test_a_sampling_rule_of_ones_own(embedded, tmp_path, nothing_left):
+    """By the very command; without the fork there is no such rule."""
+    out, words = tmp_path / "run", given("best_and_worst")[1:]
+    command = [sys.executable, *words, *map(str, ("--model", embedded[1], "--out", out, *SHORT))]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run" / "config.json").read_text())[flag[0][2:]] == flag[1]
-    assert len(updates_of(tmp_path / "run")) == 15 and "Traceback" not in done.stderr
-    refused = subprocess.run(
-        [sys.executable, "tba.py", *flag, "--dry-run"], cwd=PROJECT, capture_output=True, text=True, check=False
-    )
-    assert refused.returncode == 2 and f"is '{flag[1]}': it must be one of" in refused.stderr  # without the fork
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert left(out)["replay"] == "best_and_worst"
+    command = [sys.executable, "tba.py", *words[2:], "--dry-run"]
+    refused = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and "is 'best_and_worst': it must be one of" in refused.stderr
+
+
+def test_an_objective_of_ones_own(embedded, tmp_path, nothing_left, main):
+    """In this process, which is quicker."""
+    importlib.import_module("examples.tb_huber")
+    words, out = given("tb_huber")[3:], tmp_path / "run"
+    done = main(*words, "--model", embedded[1], "--out", out, *SHORT)
+    assert done.code == 0, done.err
+    assert left(out)["loss"] == "tb_huber"
