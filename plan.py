@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from buffer import Trajectory
 from engine import CPU_CACHE, MAX_IN_FLIGHT
 from models import Frozen, load_settings
-from rehearsal import Needs, rehearse
+from rehearsal import Needs, largest, rehearse
 from run import Run
 
 GIB = 2**30
@@ -52,12 +52,13 @@ class Plan:
         self.run, self.config = run, run.config
         self.model, _ = load_settings(run.model, "model")
         self.prompt = max(len(each.tokens) for each in run.prompts)
-        self.group = self.prompt + self.config.responses_per_prompt * self.config.max_tokens  # tokens of the largest
         self.gpu = run.train_device != "cpu"  # whether one trains
         self.kind, self.width = ("fp32", 4) if "cpu" in run.search_devices else ("bf16", 2)  # of the engines' weights
-        tokens = min(self.config.micro_batch_tokens, self.config.prompts_per_step * self.group)
         try:
-            self.needs = self.trainer(max(tokens, self.group))
+            self.needs = self.trainer(self.config.micro_batch_tokens)
+            self.group = largest(self.config, self.prompt, self.needs.share)
+            if self.needs.tokens < self.group:  # which is not cut
+                self.needs = self.trainer(self.group)
         except Exception as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"model is {run.model!r}: no update could be made from its config ({reason})") from error
@@ -160,18 +161,23 @@ class Plan:
 
     def smaller(self, lack: float) -> Iterator[str]:
         """Settings with which the trainer takes so many bytes less, if fewer activations are enough."""
-        tokens, limit, K = self.needs.tokens, self.needs.peak - lack, self.config.responses_per_prompt
+        needs = self.needs
+        tokens, limit = needs.tokens, needs.peak - lack
+        K, longest = self.config.responses_per_prompt, self.config.max_tokens
         few = self.trainer(max(1, tokens // 8))
         if few.tokens >= tokens or few.peak > limit:
             return
         # Nothing grows more slowly than the tokens, and masks grow with their square: this is at most what fits.
-        tokens = few.tokens + int((tokens - few.tokens) * (limit - few.peak) / (self.needs.peak - few.peak))
+        tokens = few.tokens + int((tokens - few.tokens) * (limit - few.peak) / (needs.peak - few.peak))
         while tokens > few.tokens and self.trainer(tokens).peak > limit:
             tokens -= tokens // 20 + 1
         flags = [f"--micro-batch-tokens {tokens}"] if tokens < self.config.micro_batch_tokens else []
         if tokens < self.group:
-            choices = {"responses-per-prompt": self.config.max_tokens, "max-tokens": K}
-            most = {name: (tokens - self.prompt) // each for name, each in choices.items()}
+            if needs.share:
+                fewer, shorter = (tokens - self.prompt) // longest, (tokens - self.prompt) // K
+            else:
+                fewer, shorter = tokens // (self.prompt + longest), tokens // K - self.prompt
+            most = {"responses-per-prompt": fewer, "max-tokens": shorter}
             flags.append(" or ".join(f"--{name} {count}" for name, count in most.items() if count > 1))
         if all(flags):
             yield " with ".join(flags)

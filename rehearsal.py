@@ -28,7 +28,8 @@ from transformers.integrations.flex_attention import repeat_kv
 from buffer import Group, Trajectory
 from config import Config
 from loss import OBJECTIVES
-from trainer import Trainer, decoder_layers, lighten, packed_tokens
+from packing import tokens_of
+from trainer import Trainer, decoder_layers, lighten
 from weights import named_weights
 
 
@@ -67,6 +68,7 @@ class Needs:
     """What a trainer takes, in bytes but where it says otherwise."""
 
     tokens: int  # in a forward pass, how many
+    share: bool  # whether the responses to a prompt share its tokens
     parameters: int  # how many, tied ones once
     policy: int  # and its gradients take as much
     reference: int
@@ -94,14 +96,17 @@ def rehearse(
         gpu: as on CUDA; else as on the CPU.
         end_token: the tokenizer's.
     """
-    groups, fit = batch(config, prompt, tokens)
     with FakeTensorMode(), Live() as live:
         trainer = Trainer(
-            model, OBJECTIVES[config.loss], "cpu", config.temperature, config.on_policy, config.max_grad_norm,
-            fit * packed_tokens(groups[0]), config.min_tokens, end_token,
+            model, OBJECTIVES[config.loss], "cpu", config.temperature, config.on_policy, config.max_grad_norm, tokens,
+            config.min_tokens, end_token,
         )  # fmt: skip
         if gpu:
             as_on_cuda(trainer)
+        groups, fit = batch(config, prompt, tokens, share=True)
+        if not (share := trainer.shares(groups)):
+            groups, fit = batch(config, prompt, tokens, share)
+        trainer.micro_batch_tokens = fit * tokens_of(groups[0], trainer.shares(groups))
         weights, reference = list(trainer.policy.parameters()), list(trainer.reference.parameters())
         for weight in weights:
             weight.grad = torch.zeros_like(weight)
@@ -118,6 +123,7 @@ def rehearse(
         held = size(weights), size(reference), size(moments)
         return Needs(
             tokens=trainer.micro_batch_tokens,
+            share=share,
             parameters=sum(weight.numel() for weight in weights),
             policy=held[0],
             reference=held[1],
@@ -133,18 +139,24 @@ def size(tensors: list[Tensor]) -> int:
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
-def batch(config: Config, prompt: int, tokens: int) -> tuple[list[Group], int]:
+def largest(config: Config, prompt: int, share: bool) -> int:
+    """Tokens of the largest group, sharing the longest prompt's or as padded rows."""
+    K = config.responses_per_prompt
+    return K * config.max_tokens + (prompt if share else K * prompt)
+
+
+def batch(config: Config, prompt: int, tokens: int, share: bool) -> tuple[list[Group], int]:
     """Groups of an update with forward passes of about so many tokens, and how many groups fit in a pass.
 
     As few as can hold the tokens, all of a length, none with more than the longest prompt and K of the longest
     responses. There are two passes, for the second finds the gradients of the first; one where a pass has all B groups.
     """
     K, B = config.responses_per_prompt, config.prompts_per_step
-    largest = prompt + K * config.max_tokens
-    fit = min(B, math.ceil(tokens / largest))
-    group = min(largest, tokens // fit)
-    start = max(1, prompt * group // largest)
-    length = max(1, (group - start) // K)
+    most = largest(config, prompt, share)
+    fit = min(B, math.ceil(tokens / most))
+    group = min(most, tokens // fit)
+    start = max(1, prompt * group // most)
+    length = max(1, (group - start) // K if share else group // K - start)
 
     def response() -> Trajectory:
         written, reference = np.zeros((2, length), dtype=np.float32)
@@ -165,7 +177,7 @@ def as_on_cuda(trainer: Trainer) -> None:
         for model in (trainer.policy, trainer.reference):
             model.set_attn_implementation("flex_attention")
             model.set_attn_implementation("rehearsed")
-        trainer.flex = True
+        trainer.attention = "rehearsed"
     torch._dynamo.reset()
     compiler = aot_autograd(
         fw_compiler=boxed_nop,  # no kernels are made: the graphs run as they are

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from buffer import Group, Trajectory
 from loss import Batch
 from models import load_settings
-from packing import Packed, pack
+from packing import Packed, pack, sharing_pays, tokens_of
 from screen import Failure, say
 from weights import Staging
 
@@ -80,13 +80,14 @@ class Trainer:
         self.end_tokens = list({end_token, *(own if isinstance(own, list) else [own])} - {None})
         self.ref_version = 0  # resets so far
         self.reference = lighten(reference, compute)
-        self.flex = self.policy.config._attn_implementation == "flex_attention"
+        self.attention = self.policy.config._attn_implementation  # of rows that share prompts
         self.reference.requires_grad_(False)
         for each in (self.policy, self.reference):
             each.eval()  # no dropout: a response has one log-probability
             if self.device.type == "cuda":
                 for layer in decoder_layers(each):
                     layer.compile()
+        self.parameters = sum(weight.numel() for weight in self.policy.parameters())
         self.autocast = torch.autocast("cuda", compute) if self.device.type == "cuda" else contextlib.nullcontext()
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=0.0, weight_decay=0.0, fused=True)
         self.stepping = False  # the weights are being changed
@@ -99,6 +100,9 @@ class Trainer:
     ) -> tuple[Tensor, Tensor]:
         """(log-probability of each token of the batch's responses [N], entropy of what it was drawn from [N]), in nats,
         where a response could not end before `min_tokens` tokens."""
+        attention = self.attention if batch.mask is not None else "sdpa"
+        if model.config._attn_implementation != attention:
+            model.set_attn_implementation(attention)
         with self.autocast:
             hidden = model.base_model(
                 input_ids=batch.tokens, position_ids=batch.positions, attention_mask=batch.mask, use_cache=False
@@ -108,11 +112,23 @@ class Trainer:
             head = model.get_output_embeddings()
             return token_logprobs(head, hidden_NH, batch.target, temperature, early_N, self.end_tokens)
 
+    def shares(self, groups: list[Group]) -> bool:
+        """Whether the responses to a prompt are to share its tokens."""
+        settings = self.policy.config.get_text_config()
+        width = settings.hidden_size * settings.num_hidden_layers
+        return sharing_pays(groups, self.attention != "sdpa", self.parameters, width)
+
+    def packed(self, groups: list[Group]) -> Iterator[tuple[list[Group], Packed]]:
+        """Groups in micro-batches, alike in length, each as they are and packed."""
+        share = bool(groups) and self.shares(groups)
+        for micro in micro_batches(groups, self.micro_batch_tokens, share):
+            yield micro, pack(micro, self.device, self.attention != "sdpa", share)
+
     @torch.no_grad()
     def probe(self, tokens: np.ndarray) -> np.ndarray:
         """Log-probability of each token of a sequence but the first [T-1] under the policy, at temperature 1."""
         rest = Trajectory(tokens[1:], finished=True, reward=0.0, version=0)
-        batch = pack([Group(0, tokens[:1], [rest])], self.device, self.flex)
+        batch = pack([Group(0, tokens[:1], [rest])], self.device, share=False)
         logprobs_N, _ = self.logprobs(self.policy, batch, temperature=1.0)
         return logprobs_N.cpu().numpy()
 
@@ -125,8 +141,7 @@ class Trainer:
             return response.ref_logprobs is None or response.ref_version != self.ref_version
 
         new = [Group(g.prompt_id, g.prompt, [r for r in g.responses if lacks(r)]) for g in groups]
-        for micro in micro_batches([group for group in new if group.responses], self.micro_batch_tokens):
-            batch = pack(micro, self.device, self.flex)
+        for _, batch in self.packed([group for group in new if group.responses]):
             logprobs_N, _ = self.logprobs(self.reference, batch, self.temperature, self.min_tokens)
             ends = np.cumsum([len(response.tokens) for response in batch.responses])
             for response, logprobs in zip(batch.responses, np.split(logprobs_N.cpu().numpy(), ends[:-1]), strict=True):
@@ -163,7 +178,8 @@ class Trainer:
                 del self.optimizer.state[weight]  # half made: the first step came to nothing
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            largest = max(map(packed_tokens, groups))
+            share = self.shares(groups)
+            largest = max(tokens_of(group, share) for group in groups)
             if self.micro_batch_tokens < largest:
                 raise Failure(
                     f"out of memory on {self.device} in an update, on a single group of {largest} tokens: lower "
@@ -175,8 +191,8 @@ class Trainer:
     def _update(self, groups: list[Group], beta: float, lr: float, gamma: float) -> dict[str, float]:
         self.score_reference(groups)
         totals, tokens, read = torch.zeros(3, device=self.device), 0, 0
-        for micro in micro_batches(groups, self.micro_batch_tokens):
-            batch, share = pack(micro, self.device, self.flex), len(micro) / len(groups)
+        for micro, batch in self.packed(groups):
+            share = len(micro) / len(groups)
             logprobs_N, entropy_N = self.logprobs(self.policy, batch, self.temperature, self.min_tokens)
             data = self._batch(micro, batch, logprobs_N)
             loss = self.objective(replace(data, ref_BKT=data.ref_BKT / gamma), beta)
@@ -357,15 +373,10 @@ def token_logprobs(
     return torch.cat([logprob for logprob, _ in results]), torch.cat([entropy for _, entropy in results])
 
 
-def packed_tokens(group: Group) -> int:
-    """Tokens of a group as `pack` lays it out: prompt once, each distinct response once."""
-    return len(group.prompt) + sum(len(r.tokens) for r in {id(r): r for r in group.responses}.values())
-
-
-def micro_batches(groups: list[Group], budget: int) -> Iterator[list[Group]]:
+def micro_batches(groups: list[Group], budget: int, share: bool) -> Iterator[list[Group]]:
     """Whole groups, alike in length, together at most `budget` tokens with the padding to the longest."""
-    ordered = sorted(groups, key=packed_tokens, reverse=True)
+    ordered = sorted(groups, key=lambda group: tokens_of(group, share), reverse=True)
     while ordered:
-        fit = max(1, budget // packed_tokens(ordered[0]))
+        fit = max(1, budget // tokens_of(ordered[0], share))
         yield ordered[:fit]
         ordered = ordered[fit:]
