@@ -70,6 +70,14 @@ def show(names: Sequence[str], rows: Iterable[Sequence[str]], figures: dict, as_
         print(json.dumps(figures))
 
 
+def table(repeats: list[dict[str, float]], as_json: bool) -> None:
+    """Print the median and the range of each figure; as JSON the medians, and all under "repeats"."""
+    figures = {name: [each[name] for each in repeats] for name in repeats[0]}
+    medians = {name: statistics.median(values) for name, values in figures.items()}
+    rows = [(name, median_and_range(values)) for name, values in figures.items()]
+    show(("figure", f"median of {len(repeats)} (lowest to highest)"), rows, medians | {"repeats": repeats}, as_json)
+
+
 def at_least(low: int) -> Callable[[str], int]:
     """For argparse: a whole number that is at least so much."""
 
@@ -85,4 +93,4 @@ def median_and_range(values: list[float], digits: int = 3) -> str:
     """0.750 (0.730 to 0.760)"""
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
