@@ -42,28 +42,25 @@ class Rows:
         self.file = path.open("ab", buffering=0)
 
     def append(self, row: dict) -> None:
-        """Write a row; it is on disk if the program is killed.
+        """Add a row, to be written by `flush`."""
+        self.unwritten += json.dumps(row).encode() + b"\n"
+
+    def flush(self) -> None:
+        """Write what is unwritten: it is on disk if the program is killed.
 
         Raises:
-            OSError: not all could be written yet.
+            OSError: not all could be.
         """
-        self.unwritten += json.dumps(row).encode() + b"\n"
-        self.flush()
+        if not self.unwritten:
+            return
+        while self.unwritten:
+            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
         if self.file.tell() > self.limit:
             fresh = self.path.with_suffix(".tmp")
             with self.file:  # is closed once there is another
                 self.file = fresh.open("ab", buffering=0)
                 self.path.rename(self.path.with_suffix(".1.jsonl"))
                 fresh.rename(self.path)
-
-    def flush(self) -> None:
-        """Write what is unwritten.
-
-        Raises:
-            OSError: not all could be.
-        """
-        while self.unwritten:
-            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
 
 
 class Log:
@@ -110,15 +107,20 @@ class Log:
         self.progress = Progress(self.config.steps, self.initial, self.config.max_seconds)
 
     def write(self, name: str, row: dict) -> None:
-        """Append a row to a file. A full disk does not end the run: what it does not take is written later."""
+        """Append a row to a file, and write what is unwritten of all.
+
+        A full disk does not end the run: what it does not take is written later.
+        """
+        self.files[name].append(row)
         try:
-            self.files[name].append(row)
+            for file in self.files.values():
+                file.flush()
         except OSError as error:
             if not self.full:
-                say(f"{self.files[name].path} cannot be written ({error}): its rows are kept, and tried again")
+                say(f"{file.path} cannot be written ({error}): its rows are kept, and tried again")
             self.full = True
         else:
-            self.full = self.full and any(file.unwritten for file in self.files.values())
+            self.full = False
 
     @contextlib.contextmanager
     def span(self, what: str) -> Iterator[None]:
@@ -129,8 +131,8 @@ class Log:
             yield
         finally:
             self.under_way[what] -= 1
-        if self.progress:
-            self.write("timeline", {"what": what, "start": round(start, 4), "end": round(self.time, 4)})
+        if self.progress:  # written with the next update: one write for many searches
+            self.files["timeline"].append({"what": what, "start": round(start, 4), "end": round(self.time, 4)})
 
     def update(self, done: int, figures: dict, groups: list[Group], prompt: str, texts: Callable) -> None:
         """Write an update's metrics and a sample, the first of its groups, and show how it goes.
