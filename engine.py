@@ -17,6 +17,7 @@ from typing import Any
 from screen import Failure
 
 MAX_IN_FLIGHT = {"cuda": 512, "cpu": 256}  # sequences of an engine: on CUDA the captured graphs end there
+RANDOM_WEIGHTS = {"cuda": "dummy", "cpu": "unpacked"}  # vLLM's load formats: worker.py has the latter
 PROGRAM = "TBA_PROGRAM"  # in the environment of engines: the process that they belong to
 CPU_CACHE = 2**30  # bytes of keys and values that an engine on the CPU holds
 CALL_SECONDS = 300  # for an engine to answer a call
@@ -183,13 +184,13 @@ class Launcher:
             model=self.model,
             seed=self.seed + number,
             max_model_len=self.max_model_len,
-            load_format="auto" if self.load else "dummy",
+            load_format="auto" if self.load else RANDOM_WEIGHTS[kind],
             # Of two tied matrices vLLM repacks but one on the CPU; untied it takes both, which the trainer keeps equal.
             hf_overrides={} if self.load else {"tie_word_embeddings": False},
             max_num_seqs=MAX_IN_FLIGHT[kind],
             logprobs_mode="processed_logprobs",
             scheduling_policy="priority",
-            worker_extension_cls="weights.StagingReader",
+            worker_extension_cls="worker.StagingReader",
             disable_log_stats=True,
             **settings,
         )

@@ -2,24 +2,21 @@
 
 One flat staging tensor holds a copy of the policy's weights. The engines open it once: as CUDA IPC memory on the
 trainer's GPU, or as shared memory of the host on the CPU. A sync is then one copy by the trainer (`Staging.fill`) and
-one call to each engine (`StagingReader.load_staging`), with no serialisation and no file.
+one call to each engine (worker.py), with no serialisation and no file.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Iterable, Iterator
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
 
 import numpy as np
 import torch
 import torch.multiprocessing  # teaches ForkingPickler CUDA tensors
 from torch import Tensor, nn
 
-from engine import die_with_parent
 from searcher import Searcher
 
 
@@ -137,40 +134,3 @@ def view(flat: Tensor, layout: Iterable[tuple[str, list[int]]]) -> Iterator[tupl
         end = start + torch.Size(shape).numel()
         yield name, flat[start:end].view(shape)
         start = end
-
-
-class StagingReader:
-    """The engines' side: vLLM gives these methods to its worker (`worker_extension_cls`)."""
-
-    device: torch.device  # the worker's own
-    model_runner: Any
-
-    def belong(self) -> None:
-        """End with the program, however it ends, and not before."""
-        die_with_parent()
-        for number in (signal.SIGINT, signal.SIGTERM):  # are the program's, which ends its engines in order
-            signal.signal(number, signal.SIG_IGN)
-
-    def open_staging(self, handle: dict) -> None:
-        """Open the trainer's staging tensor."""
-        if "ipc" in handle:  # a pickle, but of the program's own, through a socket that is its user's
-            self.staged = ForkingPickler.loads(handle["ipc"])
-        else:
-            dtype = getattr(torch, handle["dtype"])
-            self.staged = torch.from_file(handle["path"], shared=True, size=handle["size"], dtype=dtype)
-        self.layout = handle["layout"]
-
-    def load_staging(self) -> None:
-        """Take the staged weights.
-
-        Between two steps of the engine: sequences in flight go on under the new weights. On the CPU vLLM has packed
-        the weights for oneDNN, so that they have to be packed anew (`reload_weights`). On CUDA plain `load_weights` is
-        five times as fast and right for dense models; `compare` refuses the others.
-        """
-        weights = view(self.staged, self.layout)
-        if self.device.type == "cuda":
-            self.model_runner.get_model().load_weights(weights)
-        else:
-            self.model_runner.reload_weights(weights_iterator=weights)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # the trainer may write the staging tensor again

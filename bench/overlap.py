@@ -6,8 +6,8 @@
 
 Each repeat does the same work three times. Together: so many updates while search goes on; what search finds meanwhile
 is its share of the work. Alone: first as many responses are searched, then the same batches are trained on, each with
-its own cores and while the other does nothing. Alternately: the same, but with every core (or the whole GPU) for either;
-no time is counted for filling and draining the engine, which taking turns costs as well.
+its own cores and while the other does nothing. Alternately: the same, but with every core (or the whole GPU) for
+either; no time is counted for filling and draining the engine, which taking turns costs as well.
 
 overlap_efficiency  max(search alone, training alone) / together: 1 where neither slows the other
 speedup             (search + training, alternately) / together

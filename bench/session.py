@@ -16,7 +16,7 @@ from machine import pin
 from run import Run
 
 ENDLESS = 10**9
-QUIET = "--eval-prompts", "0", "--save-every", "0"  # nothing but search, training and sync
+QUIET = "--eval-every", "0", "--eval-prompts", "0", "--save-every", "0"  # nothing but search, training and sync
 FREE = "--search-ahead", str(ENDLESS), "--steps", "1"  # neither waits for the other; `train` says how many steps
 
 
@@ -77,8 +77,22 @@ async def train(run: Run, updates: int) -> float:
     return time.perf_counter() - began
 
 
+@contextlib.asynccontextmanager
+async def training(run: Run) -> AsyncIterator[None]:
+    """Updates, going on as long as the block, inside of `searching`."""
+    run.config = replace(run.config, steps=ENDLESS)
+    task = asyncio.create_task(run.train())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.result()
+
+
 class Batches:
-    """What a run was trained on, to train on it once more: the same groups, and the same of them new to the reference."""
+    """What a run was trained on, to train on it once more: the same groups, the same of them new to the reference."""
 
     def __init__(self):
         self.batches: list[list[Group]] = []
@@ -90,9 +104,9 @@ class Batches:
 
         def sample(*arguments) -> list[Group]:
             groups, version = type(run.buffer).sample(run.buffer, *arguments), run.trainer.ref_version
-            found = {id(r): r for g in groups for r in g.responses if r.ref_logprobs is None or r.ref_version != version}
+            responses = {id(response): response for group in groups for response in group.responses}.values()
             self.batches.append(groups)
-            self.new.append([*found.values()])
+            self.new.append([r for r in responses if r.ref_logprobs is None or r.ref_version != version])
             return groups
 
         with _sampling(run, sample):
@@ -116,8 +130,8 @@ class Batches:
 
 @contextlib.contextmanager
 def _sampling(run: Run, sample: Callable):
-    run.buffer.sample = sample  # in front of the class's
+    vars(run.buffer)["sample"] = sample  # in front of the class's
     try:
         yield
     finally:
-        del run.buffer.sample
+        del vars(run.buffer)["sample"]

@@ -1,0 +1,128 @@
+"""What is left of vLLM's speed where it is asked through the searcher, with rewards and buffer behind it? Countdown.
+
+    python -m bench.search                      5 repeats of 5 seconds each way: about 3 minutes on 2 cores
+    python -m bench.search --task gsm8k --model DIR    another task or model: all settings of tba.py
+    python -m bench.search --json               prints, last, all figures as one JSON object
+
+Each repeat asks the same engines in turn, with the same problems, sampling and number of sequences in flight: by vLLM's
+own `generate` with the settings that cost it least (`bare`), by the run's search, and by search while the trainer
+updates and publishes on its own cores or GPU. All in generated tokens/s once the engines are full.
+
+searcher            search / bare
+beside_training     search beside training / bare
+vllm_defaults       vLLM's own with its defaults (text made, each token told as it comes) / bare
+loop, loop_beside   cores that the event loop takes during search, alone and beside training
+"""
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+
+from bench.runs import parser, table
+from bench.session import searching, session, training
+from run import Run
+
+
+async def rate(seconds: float, tokens: Callable[[], int]) -> tuple[float, float]:
+    """(tokens/s, cores that this thread takes) for so many seconds."""
+    before, worked, began = tokens(), time.thread_time(), time.perf_counter()
+    await asyncio.sleep(seconds)
+    passed = time.perf_counter() - began
+    return (tokens() - before) / passed, (time.thread_time() - worked) / passed
+
+
+names = itertools.count()  # of requests, never the same twice
+
+
+@contextlib.asynccontextmanager
+async def bare(run: Run, **settings) -> AsyncIterator[Callable[[], int]]:
+    """vLLM's own `generate` by itself, kept full; gives a function that tells how many tokens it has generated."""
+    from vllm import SamplingParams
+    from vllm.inputs import tokens_input
+
+    config, n, tokens, responses = run.config, run.config.search_responses, 0, 0
+    params = SamplingParams(
+        n=n, temperature=config.temperature, max_tokens=config.max_tokens, min_tokens=config.min_tokens, **settings
+    )
+    engines = itertools.cycle(run.searcher.engines)
+
+    async def ask() -> None:
+        nonlocal tokens, responses
+        for problem in run.order:
+            prompt = tokens_input(run.prompts[problem].tokens.tolist())
+            async for output in next(engines).llm.generate(prompt, params, f"bare {next(names)}"):
+                ended = [each for each in output.outputs if each.finish_reason]
+                tokens += sum(len(each.token_ids) for each in ended)
+                responses += len(ended)
+            run.order.done(problem)
+
+    tasks = [asyncio.create_task(ask()) for _ in range(max(1, run.searcher.slots // n))]
+    try:
+        while responses < run.searcher.slots:
+            await asyncio.sleep(0.002)
+        yield lambda: tokens
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+@contextlib.contextmanager
+def counted(run: Run) -> Iterator[Callable[[], int]]:
+    """Gives a function that tells how many tokens the run's search has been given."""
+    generate, tokens = run.searcher.generate, 0
+
+    async def counting(*arguments, **settings):
+        nonlocal tokens
+        responses, version = await generate(*arguments, **settings)
+        tokens += sum(len(response.tokens) for response in responses)
+        return responses, version
+
+    vars(run.searcher)["generate"] = counting  # in front of the class's
+    try:
+        yield lambda: tokens
+    finally:
+        del vars(run.searcher)["generate"]
+
+
+async def repeat(run: Run, seconds: float) -> dict[str, float]:
+    """Generated tokens/s, each way, and what of it is left."""
+    from vllm.sampling_params import RequestOutputKind
+
+    async with bare(run, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY) as tokens:
+        fastest, _ = await rate(seconds, tokens)
+    async with searching(run):
+        with counted(run) as tokens:
+            search, loop = await rate(seconds, tokens)
+            async with training(run):
+                beside, loop_beside = await rate(seconds, tokens)
+    async with bare(run) as tokens:
+        defaults, _ = await rate(seconds, tokens)
+    return {
+        "bare": fastest,
+        "search": search,
+        "beside": beside,
+        "searcher": search / fastest,
+        "beside_training": beside / fastest,
+        "vllm_defaults": defaults / fastest,
+        "loop": loop,
+        "loop_beside": loop_beside,
+    }
+
+
+async def main(arguments: list[str] | None = None) -> None:
+    """Measure, print the table."""
+    commands = parser(__doc__)
+    commands.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    wanted, settings = commands.parse_known_args(arguments)
+    async with session(*settings) as run:
+        async with searching(run):  # warm
+            pass
+        repeats = [await repeat(run, wanted.seconds) for _ in range(wanted.repeats)]
+    table(repeats, wanted.json)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
