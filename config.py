@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from buffer import EVICTION, NEAR_DUPLICATE, REPLAY
 from loss import IMPORTANCE_WEIGHTED, NEED_BETA, OBJECTIVES, TRAJECTORY_BALANCE
+from optimizer import OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ class Config:
     importance_ratio: bool = True
     """Weigh tokens by pi/mu, in objectives that do; off: all count as on-policy, and search need not note mu."""
     lr: float = 1e-5
-    """Learning rate (AdamW)."""
+    """Learning rate."""
+    optimizer: str = "adamw"
+    """adamw: fp32 weights and moments; adamw_bf16 or adamw_8bit: bf16 weights, moments of 16 or 8 bits (torchao)."""
     lr_schedule: str = "constant"
     """constant, linear (to 0 on the last update), or wsd (warm-up, stable, decay to 0 on the last update)."""
     lr_warmup: int = 0
@@ -116,6 +119,8 @@ class Config:
     """Gradients with a larger norm are scaled down to it."""
     micro_batch_tokens: int = 16384
     """Tokens in a forward pass: lower it when the trainer runs out of memory."""
+    activation_memory_budget: float = 1.0
+    """Of what a layer would keep for its backward pass, the share that is kept; the rest is computed anew (CUDA)."""
     train_device: str = "auto"
     """Where the policy is trained: auto, cpu, cuda:0, ..."""
     search_devices: tuple[str, ...] = ("auto",)
@@ -223,7 +228,9 @@ AT_LEAST = dict(
     gpu_memory_utilization=0, eval_every=0, eval_prompts=0, eval_samples=1, save_every=0, keep=0, search_ahead=1,
     reward_concurrency=1,
 )  # fmt: skip
-AT_MOST = dict(on_policy_prob=1, gpu_memory_utilization=1, near_duplicate_distance=2, seed=2**31 - 1)
+AT_MOST = dict(
+    activation_memory_budget=1, on_policy_prob=1, gpu_memory_utilization=1, near_duplicate_distance=2, seed=2**31 - 1
+)
 # And finite.
 POSITIVE = (
     "lr",
@@ -236,15 +243,15 @@ POSITIVE = (
     "stall_seconds",
 )
 ONE_OF: dict[str, Collection[str]] = dict(
-    evict=EVICTION, replay=REPLAY, near_duplicates=NEAR_DUPLICATE, loss=OBJECTIVES,
+    evict=EVICTION, replay=REPLAY, near_duplicates=NEAR_DUPLICATE, loss=OBJECTIVES, optimizer=OPTIMIZERS,
     lr_schedule=("constant", "linear", "wsd"), beta_schedule=("constant", "linear", "cosine"),
 )  # fmt: skip
 STRICT: dict[str, Any] = dict(strict=True, sync_every=1, on_policy_prob=1.0, prime=0)  # defaults with --strict
 MAY_CHANGE = {  # in a run that is resumed: how long it lasts, what is looked at and kept, and on which devices
     "steps", "max_seconds", "eval_every", "eval_prompts", "eval_samples", "save_every", "keep", "stall_seconds",
     "check_sync", "out", "resume", "dry_run", "plan", "reward_timeout", "reward_concurrency",
-    "search_ahead", "tensorboard", "wandb", "buffer_responses", "buffer_gib", "micro_batch_tokens", "train_device",
-    "search_devices", "gpu_memory_utilization",
+    "search_ahead", "tensorboard", "wandb", "buffer_responses", "buffer_gib", "micro_batch_tokens",
+    "activation_memory_budget", "train_device", "search_devices", "gpu_memory_utilization",
 }  # fmt: skip
 
 
@@ -311,6 +318,8 @@ def check(config: Config) -> None:
         refuse("search_devices", "devices that differ")
     if not config.model:
         refuse("model", "a Hugging Face folder or hub id")
+    if config.optimizer != "adamw" and not importlib.util.find_spec("torchao"):
+        refuse("optimizer", "adamw, or torchao must be installed: pip install torchao")
     for package in ("tensorboard", "wandb"):
         if getattr(config, package) and not importlib.util.find_spec(package):
             raise ValueError(f"{package} is not installed: pip install {package}, or leave --{package} out")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from machine import confined
 from screen import Failure
 
 MAX_IN_FLIGHT = {"cuda": 512, "cpu": 256}  # sequences of an engine: on CUDA the captured graphs end there
@@ -226,20 +227,18 @@ def _environment(cores: set[int] | None, engines: int) -> Iterator[None]:
     On the CPU the engines are confined to their cores, which they share evenly, so that the trainer keeps its own.
     """
     wanted = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn", PROGRAM: str(os.getpid())}
-    before = os.sched_getaffinity(0)
     if cores is not None:
         wanted |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # allows the executor "uni" on the CPU
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": str(max(1, len(cores) // engines)),
         }
-        os.sched_setaffinity(0, cores)
     saved = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
-        yield
+        with confined(cores or os.sched_getaffinity(0)):
+            yield
     finally:
-        os.sched_setaffinity(0, before)
         for name, value in saved.items():
             os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 

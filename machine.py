@@ -1,13 +1,25 @@
 """Which devices and CPU cores train, and which search."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-import torch
+
+@contextlib.contextmanager
+def confined(cores: set[int]) -> Iterator[None]:
+    """Confine this thread, and those that it starts meanwhile, to some cores."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def pin(cores: set[int]) -> None:
-    """Confine this thread, and the threads that torch starts for it, to some cores."""
+    """Confine this thread, and the threads that torch starts for it, to some cores for good."""
+    import torch
+
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(len(cores))
 
@@ -25,6 +37,8 @@ def devices(train: str, search: Sequence[str]) -> tuple[str, list[str]]:
     Raises:
         ValueError: a device that is not there.
     """
+    import torch
+
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if train == "auto":
         train = (gpus or ["cpu"])[0]

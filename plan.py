@@ -13,7 +13,8 @@ from torch._subclasses import FakeTensorMode
 from buffer import Trajectory
 from engine import CPU_CACHE, MAX_IN_FLIGHT
 from models import Frozen, load_settings
-from rehearsal import Needs, largest, rehearse
+from optimizer import weights_dtype
+from rehearsal import EIGHT_BITS, Needs, largest, rehearse
 from run import Run
 
 GIB = 2**30
@@ -83,10 +84,15 @@ class Plan:
         """(device, what takes its memory, bytes); "cpu" is the host."""
         run, config, needs, train = self.run, self.config, self.needs, self.run.train_device
         weights = self.width * needs.staged
-        yield train, "policy, fp32", needs.policy
-        yield train, "reference, " + ("its linear layers in bf16" if self.gpu else "fp32"), needs.reference
-        yield train, "AdamW's moments, fp32", needs.moments
-        yield train, "gradients, fp32", needs.policy
+        kind = {4: "fp32", 2: "bf16"}[weights_dtype(config.optimizer).itemsize]
+        yield train, f"policy, {kind}", needs.policy
+        yield (
+            train,
+            "reference, " + ("its linear layers in bf16" if self.gpu and kind == "fp32" else kind),
+            needs.reference,
+        )
+        yield train, f"AdamW's moments, {'8 bits' if config.optimizer == 'adamw_8bit' else kind}", needs.moments
+        yield train, f"gradients, {kind}", needs.policy
         yield train, f"activations of a forward pass of {needs.tokens:,} tokens", needs.activations
         yield train if self.gpu and self.width == 2 else "cpu", f"weights for the engines, {self.kind}", weights
         if self.gpu:
@@ -156,6 +162,11 @@ class Plan:
             ways.append(f"--gpu-memory-utilization {share}")
         if device == "cpu" and (buffer := math.floor(10 * (self.buffer - lack) / GIB) / 10) > 0:
             ways.append(f"--buffer-gib {buffer}")
+        saved = (
+            needs.policy + (1 - EIGHT_BITS / 4) * needs.moments
+        )  # half of weights and gradients, most of the moments
+        if device == run.train_device and self.config.optimizer == "adamw" and lack <= saved:
+            ways.append("--optimizer adamw_8bit")
         change = f"give {' or '.join(ways)}" if ways else "a smaller --model is needed"
         yield f"{device} lacks {shown(lack)}: {change}"
 

@@ -28,9 +28,12 @@ from transformers.integrations.flex_attention import repeat_kv
 from buffer import Group, Trajectory
 from config import Config
 from loss import OBJECTIVES
+from optimizer import make_optimizer
 from packing import tokens_of
 from trainer import Trainer, decoder_layers, lighten
 from weights import named_weights
+
+EIGHT_BITS = 1 + 4 / 256  # bytes of a moment: one, and its share of an fp32 scale for 256
 
 
 class Live(TorchDispatchMode):
@@ -96,11 +99,14 @@ def rehearse(
         gpu: as on CUDA; else as on the CPU.
         end_token: the tokenizer's.
     """
-    with FakeTensorMode(), Live() as live:
+    budget = torch._functorch.config.patch(activation_memory_budget=config.activation_memory_budget)
+    with budget, FakeTensorMode(), Live() as live:
         trainer = Trainer(
             model, OBJECTIVES[config.loss], "cpu", config.temperature, config.on_policy, config.max_grad_norm, tokens,
-            config.min_tokens, end_token,
+            config.min_tokens, end_token, optimizer=config.optimizer,
         )  # fmt: skip
+        # In the others' place torch's own, which holds the same of bf16 weights but for moments of 8 bits.
+        trainer.optimizer = make_optimizer("adamw", list(trainer.policy.parameters()))
         if gpu:
             as_on_cuda(trainer)
         groups, fit = batch(config, prompt, tokens, share=True)
@@ -121,13 +127,14 @@ def rehearse(
         with torch.no_grad(), trainer.autocast:
             layers = trainer.reference.base_model(input_ids=row, use_cache=True).past_key_values.layers
         held = size(weights), size(reference), size(moments)
+        kept = held[2] * EIGHT_BITS // 2 if config.optimizer == "adamw_8bit" else held[2]
         return Needs(
             tokens=trainer.micro_batch_tokens,
             share=share,
             parameters=sum(weight.numel() for weight in weights),
             policy=held[0],
             reference=held[1],
-            moments=held[2],
+            moments=int(kept),
             activations=peak - held[0] - sum(held),
             staged=sum(weight.numel() for _, weight in named_weights(trainer.policy)),
             cached=sum(layer.keys.numel() + layer.values.numel() for layer in layers) // row.numel(),
@@ -171,7 +178,8 @@ def batch(config: Config, prompt: int, tokens: int, share: bool) -> tuple[list[G
 
 def as_on_cuda(trainer: Trainer) -> None:
     """Let a trainer on fake CPU tensors hold what it would hold on CUDA."""
-    lighten(trainer.reference, torch.bfloat16)
+    if trainer.policy.dtype == torch.float32:
+        lighten(trainer.reference, torch.bfloat16)
     trainer.autocast = torch.autocast("cpu", torch.bfloat16)
     with contextlib.suppress(ValueError):  # GPT-2, for one, does not have flex attention
         for model in (trainer.policy, trainer.reference):

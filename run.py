@@ -16,7 +16,9 @@ import dataclasses
 import inspect
 import itertools
 import json
+import logging
 import math
+import os
 import random
 import time
 from collections.abc import Coroutine
@@ -33,6 +35,7 @@ from config import Config, begun
 from data import Order, Prompt, demonstrations, encode
 from log import Log
 from loss import OBJECTIVES
+from machine import confined, cores, devices, engine_memory, pin
 from scoring import Scorer
 from screen import Failure, clock, printable, say
 from searcher import Response, Searcher
@@ -65,10 +68,11 @@ class Run:
     """
 
     def __init__(self, config: Config):
+        for chatty in ("torchao", "torch.utils._pytree"):  # where torchao is installed
+            logging.getLogger(chatty).setLevel(logging.ERROR)
         with clock("importing PyTorch and transformers", leave=False):
             from transformers.utils.logging import disable_progress_bar
 
-            from machine import cores, devices, engine_memory, pin
             from trainer import load_tokenizer
 
         disable_progress_bar()
@@ -76,6 +80,11 @@ class Run:
         self.config, kind = config, tasks.load(config.task)
         self.out = Path(config.out or f"runs/{Path(config.task).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
         self.train_device, self.search_devices = devices(config.train_device, config.search_devices)
+        if self.train_device == "cpu" and config.activation_memory_budget != 1:
+            budget = config.activation_memory_budget
+            raise ValueError(
+                f"activation_memory_budget is {budget}: it must be 1 on the CPU, where nothing is compiled"
+            )
         self.engine_memory = engine_memory(self.train_device, self.search_devices, config.gpu_memory_utilization)
         self.model = kind.model(config)
         self.tokenizer, longest = load_tokenizer(self.model, weights=not config.plan)
@@ -114,8 +123,8 @@ class Run:
         self.published = self.first = self.step
 
         # Torch works in a thread of its own, so that the event loop stays free.
-        train_cores, self.search_cores = cores()
-        self.train_thread = ThreadPoolExecutor(1, "train", pin, (train_cores,))
+        self.train_cores, self.search_cores = cores()
+        self.train_thread = ThreadPoolExecutor(1, "train", pin, (self.train_cores,))
         self.checkpoints = checkpoint.Checkpoints(self.out, config.keep)
         self.watch = Watch(config.stall_seconds, self.awaited, RESPONSE, UPDATE)
         self.stopped = 0  # the signal that ended the run
@@ -160,6 +169,11 @@ class Run:
 
     async def main(self) -> None:
         """The run from start to end."""
+        # Engines on the CPU have their cores to themselves: the event loop takes some of the trainer's time instead.
+        with confined(self.train_cores if "cpu" in self.search_devices else os.sched_getaffinity(0)):
+            await self._main()
+
+    async def _main(self) -> None:
         try:
             await self.start()
             await self.seed()
@@ -197,7 +211,8 @@ class Run:
             self.trainer = await in_thread(
                 self.train_thread, Trainer, self.model, OBJECTIVES[config.loss], self.train_device,
                 config.temperature, config.on_policy, config.max_grad_norm, config.micro_batch_tokens,
-                config.min_tokens, self.tokenizer.eos_token_id, self.resumed,
+                config.min_tokens, self.tokenizer.eos_token_id, self.resumed, config.optimizer,
+                config.activation_memory_budget,
             )  # fmt: skip
         self.searcher = searcher = Searcher(
             self.search_devices, config.temperature, config.max_tokens, config.min_tokens

@@ -1,7 +1,7 @@
 """The trainer: the policy, its reference and the optimiser.
 
-It knows log-probabilities of responses, one update, and how to save itself. On CUDA the master weights are fp32 and the
-computation is bf16, and each decoder layer is compiled by itself; on the CPU all is fp32.
+It knows log-probabilities of responses, one update, and how to save itself. On CUDA the computation is bf16 and each
+decoder layer is compiled by itself. Weights are fp32, or bf16 with an optimiser that is made for it (optimizer.py).
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from buffer import Group, Trajectory
 from loss import Batch
 from models import load_settings
+from optimizer import make_optimizer, restore, set_lr, state_tensors, weights_dtype
 from packing import Packed, pack, sharing_pays, tokens_of
 from screen import Failure, say
 from weights import Staging
@@ -43,6 +44,8 @@ class Trainer:
         min_tokens: a response could not end before so many tokens: the policy is the model without that possibility.
         end_token: the tokenizer's, which ends a response as the model's own do.
         checkpoint_dir: go on from this folder, written by what `snapshot` returns.
+        optimizer: one of `optimizer.OPTIMIZERS`, which decides on the weights' dtype.
+        activation_memory_budget: on CUDA, the share that a layer keeps for its backward pass of what it would keep.
 
     Raises:
         Failure: the device has too little memory.
@@ -60,15 +63,18 @@ class Trainer:
         min_tokens: int = 0,
         end_token: int | None = None,
         checkpoint_dir: Path | None = None,
+        optimizer: str = "adamw",
+        activation_memory_budget: float = 1.0,
     ):
         self.objective, self.device, self.temperature = objective, torch.device(device), temperature
         self.on_policy, self.max_grad_norm, self.micro_batch_tokens = on_policy, max_grad_norm, micro_batch_tokens
         self.min_tokens = min_tokens
         compute = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        dtype = weights_dtype(optimizer)
         reset = checkpoint_dir and (checkpoint_dir / "reference").is_dir()
         try:
-            self.policy = load_model(checkpoint_dir or model, torch.float32, self.device)
-            reference = load_model(checkpoint_dir / "reference" if reset else model, torch.float32, self.device)
+            self.policy = load_model(checkpoint_dir or model, dtype, self.device)
+            reference = load_model(checkpoint_dir / "reference" if reset else model, dtype, self.device)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -79,17 +85,18 @@ class Trainer:
         own = self.policy.generation_config.eos_token_id
         self.end_tokens = list({end_token, *(own if isinstance(own, list) else [own])} - {None})
         self.ref_version = 0  # resets so far
-        self.reference = lighten(reference, compute)
+        self.reference = lighten(reference, compute) if dtype == torch.float32 else reference
         self.attention = self.policy.config._attn_implementation  # of rows that share prompts
         self.reference.requires_grad_(False)
         for each in (self.policy, self.reference):
             each.eval()  # no dropout: a response has one log-probability
             if self.device.type == "cuda":
+                torch._functorch.config.activation_memory_budget = activation_memory_budget
                 for layer in decoder_layers(each):
                     layer.compile()
         self.parameters = sum(weight.numel() for weight in self.policy.parameters())
         self.autocast = torch.autocast("cuda", compute) if self.device.type == "cuda" else contextlib.nullcontext()
-        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+        self.optimizer = make_optimizer(optimizer, list(self.policy.parameters()))
         self.stepping = False  # the weights are being changed
         self.staging: Staging | None = None
         if checkpoint_dir:
@@ -206,7 +213,7 @@ class Trainer:
         grad_norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
         loss, kl, entropy, grad_norm = torch.cat([totals, grad_norm[None]]).tolist()
         if math.isfinite(loss) and math.isfinite(grad_norm):
-            self.optimizer.param_groups[0]["lr"] = lr
+            set_lr(self.optimizer, lr)
             if self.staging:
                 self.staging.order_before_write()
             self.stepping = True
@@ -249,8 +256,7 @@ class Trainer:
         it to a folder: the policy as a Hugging Face folder, the others beside it."""
         policy = copied(self.policy.state_dict())
         reference = copied(self.reference.state_dict()) if self.ref_version else None
-        state = self.optimizer.state_dict()["state"]
-        moments = copied({f"{i}.{name}": tensor for i, each in state.items() for name, tensor in each.items()})
+        moments = copied(dict(state_tensors(self.optimizer)))
         resets = {"ref_version": str(self.ref_version)}
 
         def write(folder: Path) -> None:
@@ -263,13 +269,9 @@ class Trainer:
         return write
 
     def _load_optimizer(self, folder: Path) -> None:
-        state: dict[int, dict[str, Tensor]] = {}
         with safe_open(folder / "optimizer.safetensors", "pt") as file:
             self.ref_version = int(file.metadata()["ref_version"])
-            for key in file.keys():  # noqa: SIM118
-                index, name = key.split(".")
-                state.setdefault(int(index), {})[name] = file.get_tensor(key)
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+            restore(self.optimizer, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
 
 
 def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

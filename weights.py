@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from searcher import Searcher
 
+AGREE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # nats a token, on average: rounding stays far below
+
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A model's weights under their checkpoint names; weights that are tied come under each name."""
@@ -50,6 +52,8 @@ class Staging:
         self.views = list(view(self.flat, self.handle["layout"]))
         self.stream = torch.cuda.Stream(self.flat.device) if share_cuda else None
         self.version = 0  # of the weights in it
+        rounded = torch.bfloat16 in {dtype, *(weight.dtype for weight in weights.values())}
+        self.agree = AGREE[torch.bfloat16 if rounded else torch.float32]
 
     def fill(self, model: nn.Module, version: int) -> None:
         """Copy the model's weights in. On CUDA the copy runs on a stream of its own: see `wait`."""
@@ -94,9 +98,6 @@ async def share(model: nn.Module, searcher: Searcher) -> Staging:
     return staging
 
 
-AGREE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # nats a token, on average: rounding stays far below
-
-
 async def compare(searcher: Searcher, probe: np.ndarray, expected: np.ndarray, strict: bool) -> dict[str, float]:
     """How far the engines are from the trainer, on the log-probabilities of the same tokens.
 
@@ -114,7 +115,7 @@ async def compare(searcher: Searcher, probe: np.ndarray, expected: np.ndarray, s
     """
     if not np.isfinite(expected).all():
         raise RuntimeError("the policy's log-probabilities are not finite: it has diverged (a lower --lr may help)")
-    limit, mean, largest = AGREE[searcher.staging.flat.dtype], 0.0, 0.0
+    limit, mean, largest = searcher.staging.agree, 0.0, 0.0
     for engine, found in await searcher.prompt_logprobs(probe):
         difference = np.abs(found - expected)
         if (strict or not engine.agreed) and not difference.mean() <= limit:

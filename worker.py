@@ -1,7 +1,7 @@
 """What an engine's process does for the trainer: it takes weights, and ends with the program.
 
-vLLM imports this there, and nobody else does: `StagingReader` is its `worker_extension_cls`, and `load_format="unpacked"`
-is `Unpacked`.
+vLLM imports this there, and nobody else does: `StagingReader` is its `worker_extension_cls`, `Unpacked` its load format
+"unpacked".
 """
 
 import signal
@@ -53,8 +53,8 @@ class StagingReader:
 class Unpacked(DummyModelLoader):
     """Random weights, in the layout of checkpoints.
 
-    On the CPU vLLM packs weights for oneDNN and throws the originals away: then nothing is left to copy new ones to, and
-    all must be packed anew with each sync.
+    On the CPU vLLM packs weights for oneDNN and throws the originals away: then nothing is left to copy new ones to,
+    and all must be packed anew with each sync.
     """
 
     def load_model(self, *arguments, **settings) -> torch.nn.Module:

@@ -80,12 +80,12 @@ def measure(size: int, repeats: int) -> dict:
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure, print the table."""
     commands = parser(__doc__)
     commands.add_argument("--sizes", type=at_least(1), nargs="+", default=[1, 10_000, 1_000_000])
-    arguments = commands.parse_args()
-    rows = [measure(size, arguments.repeats) for size in arguments.sizes]
+    wanted = commands.parse_args(arguments)
+    rows = [measure(size, wanted.repeats) for size in wanted.sizes]
     cells = [
         (
             f"{row['responses']:,}",
@@ -97,7 +97,7 @@ def main() -> None:
         for row in rows
     ]
     names = "responses stored", "insert one, us", "batch of 140, ms", "bytes a response", "as --buffer-gib counts"
-    show(names, cells, {"rows": rows}, arguments.json)
+    show(names, cells, {"rows": rows}, wanted.json)
 
 
 if __name__ == "__main__":

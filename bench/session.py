@@ -12,7 +12,7 @@ from pathlib import Path
 
 from buffer import Group
 from config import parse
-from machine import pin
+from machine import confined, pin
 from run import Run
 
 ENDLESS = 10**9
@@ -30,8 +30,8 @@ async def session(*settings: str, every_core: bool = False) -> AsyncIterator[Run
     with tempfile.TemporaryDirectory() as out:
         run = Run(parse([*QUIET, *FREE, *settings, "--out", str(Path(out) / "run")]))
         if every_core:
-            run.search_cores = os.sched_getaffinity(0)
-            run.train_thread = ThreadPoolExecutor(1, "train", pin, (run.search_cores,))
+            run.train_cores = run.search_cores = os.sched_getaffinity(0)
+            run.train_thread = ThreadPoolExecutor(1, "train", pin, (run.train_cores,))
         run.open()
         try:
             await run.start()
@@ -46,19 +46,20 @@ async def searching(run: Run, warm: int | None = None) -> AsyncIterator[None]:
     """Search and sync, going on as long as the block; it begins once so many responses are found (default: as many as
     are in flight at a time), and there are enough to train on."""
     goal = run.searched + (run.searcher.slots if warm is None else warm)
-    tasks = [asyncio.create_task(run.search()), asyncio.create_task(run.sync())]
-    try:
-        while run.searched < goal or not run.primed.is_set():
-            await asyncio.sleep(0.002)
+    with confined(run.train_cores if run.train_device == "cpu" else os.sched_getaffinity(0)):
+        tasks = [asyncio.create_task(run.search()), asyncio.create_task(run.sync())]
+        try:
+            while run.searched < goal or not run.primed.is_set():
+                await asyncio.sleep(0.002)
+                for task in tasks:
+                    if task.done():
+                        task.result()
+            yield
+        finally:
             for task in tasks:
-                if task.done():
-                    task.result()
-        yield
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-        run.synced.set()
+                task.cancel()
+            await asyncio.wait(tasks)
+            run.synced.set()
 
 
 async def search(run: Run, responses: int) -> float:

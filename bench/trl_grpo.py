@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
@@ -51,13 +52,15 @@ def main() -> None:
     wanted = json.loads(sys.argv[1])
     tokenizer = AutoTokenizer.from_pretrained(wanted["model"])
     kind = tasks.load(wanted["task"])
-    task = kind(kind.Settings(**wanted["settings"]), tokenizer)
+    task: Any = kind(kind.Settings(**wanted["settings"]), tokenizer)
     problems = task.problems("train")
 
     def reward(completions, problem, **_) -> list[float]:
-        return [
-            task.reward(problems[i], [SimpleNamespace(text=c)])[0] for c, i in zip(completions, problem, strict=True)
-        ]
+        rewards: list[float] = []
+        for text, i in zip(completions, problem, strict=True):
+            response: Any = SimpleNamespace(text=text)
+            rewards += task.reward(problems[i], [response])
+        return rewards
 
     out = Path(wanted["out"])
     snapshots = Snapshots(out, wanted["every"], wanted["seconds"])

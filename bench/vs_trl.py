@@ -22,7 +22,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,6 +34,7 @@ from bench.runs import PROJECT, at_least, median_and_range, parser, show
 from bench.session import searching, session, train
 from config import parse
 from searcher import Response
+from tasks import countdown
 
 OURS = "--lr", "2e-4", "--lr-schedule", "constant", "--beta", "0.03"
 TRL = dict(
@@ -117,9 +120,9 @@ class Exam:
 
     def __init__(self, model: str, problems: int):
         self.model, self.tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
-        kind = tasks.load("countdown")
-        self.task = kind(kind.Settings(), self.tokenizer)
-        unseen = kind.Settings().eval_prompts  # by the run's own evaluations
+        settings = countdown.Task.Settings()
+        self.task = countdown.Task(settings, self.tokenizer)
+        unseen = settings.eval_prompts  # by the run's own evaluations
         self.problems = self.task.problems("test")[unseen : unseen + problems]
         self.asked = self.tokenizer(
             [p.prompt for p in self.problems], padding=True, padding_side="left", return_tensors="pt"
@@ -140,10 +143,11 @@ class Exam:
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         answers = []
         for i, problem in enumerate(self.problems):
-            samples = [Response(None, True, None, text) for text in texts[i * SAMPLES : (i + 1) * SAMPLES]]
-            for sample, reward in zip(samples, self.task.reward(problem, samples), strict=True):
-                sample.reward = reward
-            answers.append(tasks.Answered(problem, None, samples[0], samples))
+            samples = [
+                Response(np.array([]), True, None, text, countdown.reward(text, problem.answer))
+                for text in texts[i * SAMPLES : (i + 1) * SAMPLES]
+            ]
+            answers.append(tasks.Answered(problem, np.array([]), samples[0], samples))
         return tasks.accuracy(answers)
 
     def first_good(self, policies: list[Policy]) -> dict[str, float]:
@@ -179,19 +183,19 @@ SIDES = "ours", "trl"
 COLUMNS = ("speedup", *(f"{side}_{name}" for name in ("seconds", "distinct", "step", "steps_per_s") for side in SIDES))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Train, examine, print the table."""
     commands = parser(__doc__)
     commands.add_argument("--seeds", type=at_least(1), default=3)
     commands.add_argument("--seconds", type=float, default=60.0, help="of training, at most")
     commands.add_argument("--problems", type=at_least(1), default=800)
     commands.add_argument("--trl", type=json.loads, default={}, help="settings of GRPOConfig, as JSON")
-    wanted, settings = commands.parse_known_args()
+    wanted, settings = commands.parse_known_args(arguments)
     make_venv()
     found = []
     for seed in range(wanted.seeds):  # both one after the other, so that the machine's slower minutes meet both
-        config = parse(["--seed", str(seed), *settings])
-        model = tasks.load("countdown").model(config)
+        config: Any = parse(["--seed", str(seed), *settings])
+        model = countdown.Task.model(config)
         exam = Exam(model, wanted.problems)
         here = exam.first_good(asyncio.run(ours(seed, wanted.seconds, settings)))
         there = exam.first_good(trls(seed, wanted.seconds, wanted.trl, model))

@@ -27,6 +27,7 @@ FEWER = {"train": 1000, "test": 200}  # Countdown's problems, to make which take
 MARK = f"TBA_TEST={os.getpid()}"  # in the environment of what these tests start, and of what that starts
 os.environ.update([MARK.split("="), ("SPT_NOENV", "1")])  # vLLM's process titles would overwrite it otherwise
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for torch: as many tests run side by side as there are cores
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # its workers would outlive a run in this process
 
 
 def read_of_processes(name: str) -> Iterator[tuple[int, bytes]]:

@@ -5,6 +5,7 @@ import gc
 import itertools
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import plan
 from config import Config
 from loss import tb
+from optimizer import OPTIMIZERS
 from rehearsal import Needs, batch, rehearse
 from tests.runs import forkserver
 from trainer import Trainer
@@ -127,7 +129,10 @@ def test_the_estimate_for_cuda_is_near_what_a_prototype_took():
         num_key_value_heads=4, vocab_size=32000,
     )  # fmt: skip
     config = Config(prompts_per_step=20, responses_per_prompt=1, max_tokens=512)
-    assert rehearse(model, config, 120, 20 * 632, gpu=True).peak == pytest.approx(36 * GIB, rel=0.1)
+    whole = rehearse(model, config, 120, 20 * 632, gpu=True)
+    assert whole.peak == pytest.approx(36 * GIB, rel=0.1)
+    less = rehearse(model, replace(config, activation_memory_budget=0.5), 120, 20 * 632, gpu=True)
+    assert less.activations < 0.6 * whole.activations and less.policy == whole.policy
 
 
 @pytest.fixture
@@ -232,7 +237,20 @@ def test_a_group_that_is_too_large_is_to_be_smaller(shown, trainer_of_8_gib):
         assert "\nIt fits" in shown(*arguments, f"--{flag}", value, gpus=2, each=8.0)
         assert ": too much" in shown(*arguments, f"--{flag}", int(value) + 1, gpus=2, each=8.0)
     assert "give --responses-per-prompt 11 or --max-tokens" in shown(*arguments, gpus=2, each=8.0)
+    assert shown(*arguments, gpus=2, each=7.0).endswith(" or --optimizer adamw_8bit.\n")
     assert shown(*arguments, gpus=2, each=6.4).endswith(" GiB: a smaller --model is needed.\n")
+
+
+def test_bf16_weights_and_moments_of_8_bits_take_less(main, gsm8k, weightless):
+    def held(optimizer: str) -> dict[str, float]:
+        done = main("--task", "gsm8k", "--data", gsm8k, "--model", weightless, "--plan", "--optimizer", optimizer)
+        return {what: float(amount) for amount, what in re.findall(r"([\d.]+) MiB  (.*)", done.out)}
+
+    fp32, bf16, bits8 = (held(name) for name in OPTIMIZERS)
+    assert 2 * bf16["policy, bf16"] == pytest.approx(fp32["policy, fp32"], abs=0.1)
+    assert bf16["gradients, bf16"] == bf16["policy, bf16"] == bf16["reference, bf16"]
+    assert bf16["AdamW's moments, bf16"] == pytest.approx(fp32["AdamW's moments, fp32"] / 2, abs=0.1)
+    assert bits8["AdamW's moments, 8 bits"] == pytest.approx(bf16["AdamW's moments, bf16"] / 2, rel=0.03, abs=0.1)
 
 
 def test_models_that_judge_are_counted(main, tldr, tldr_models):

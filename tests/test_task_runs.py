@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from tests.runs import PROJECT, command, read
 
@@ -79,7 +80,10 @@ def test_math(make_model, tmp_path, nothing_left, dry, finished):
     folders = ("--task", "math", "--model", make_model("llama", chat=True), "--data", data, "--out", out)
     shown = dry(*folders, "--max-tokens", 32)
     assert "<user>\nWhat is 0+1?\n\nPlease reason step by step, and put your final answer within \\boxed{}." in shown
-    finished(*folders, *SMALL, "--max-tokens", 32, "--reference-reset", 3, "--search-temperatures", 0.8, 1.2)
+    changed = "--reference-reset", 3, "--search-temperatures", 0.8, 1.2, "--optimizer", "adamw_bf16"
+    finished(*folders, *SMALL, "--max-tokens", 32, *changed)
+    with safe_open(out / "model" / "model.safetensors", "pt") as saved:
+        assert {saved.get_slice(key).get_dtype() for key in saved.keys()} == {"BF16"}  # noqa: SIM118
     evaluated(out, "greedy", "pass@1", "pass@k", "distinct")
     assert read(out / "samples.jsonl")[0]["prompt"].endswith("\n<assistant>\n")
 

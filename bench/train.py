@@ -1,0 +1,223 @@
+"""How fast is an update, what does sharing prompts gain, and what does search in the same process cost it?
+
+    python -m bench.train                       a random Llama of 4M (on a GPU 1.1B): about 8 minutes on 2 cores
+    python -m bench.train --parts lengths       one of its parts: beside, lengths, utilization, memory
+    python -m bench.train --size 30M            another size (bench/lengths_task.py)
+    python -m bench.train --json                prints, last, all figures as one JSON object
+
+beside_search       Countdown (on a GPU the lengths of GSM8K): the time of the same updates by a trainer in a process of
+                    its own, over the time in this process, which searches too; search goes on in both
+packed_*            one update (a group of 20 responses; 16 of 16 where it says Countdown): the time as padded rows over
+                    the time with shared prompts, for prompts and responses of given lengths; chosen_*: over the time in
+                    the form that the trainer chooses
+utilization         6 x parameters x tokens over the time of an update on 20 x (120 + 512) tokens, as a share of what a
+                    large matrix product reaches; reference scores are known. On a GPU with each --optimizer
+peak_gib            at 1.1B with a vocabulary of 150,000, what an update of those tokens takes beside weights, reference
+                    and optimiser state; without a GPU estimated by rehearsal.py
+"""
+
+import asyncio
+import contextlib
+import multiprocessing
+import pickle
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from transformers import LlamaConfig
+
+from bench.lengths_task import SIZES
+from bench.runs import at_least, parser, table
+from bench.session import Batches, searching, session, train
+from buffer import Group, Trajectory
+from config import Config
+from loss import tb
+from machine import pin
+from optimizer import OPTIMIZERS
+from rehearsal import rehearse
+from trainer import Trainer
+
+LENGTHS = {  # prompts a batch, responses each, prompt, mean and standard deviation of the responses, in tokens
+    "gsm8k": (1, 20, 120, 200, 80),
+    "tldr": (1, 20, 400, 60, 25),
+    "long": (1, 20, 120, 512, 0),
+    "even": (1, 20, 400, 128, 0),
+    "countdown": (16, 16, 13, 9, 1),
+}
+PARTS = "beside", "lengths", "utilization", "memory"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WARM = 3  # updates that are not counted
+
+
+def llama(size: str, **settings) -> LlamaConfig:
+    """Of that size."""
+    return LlamaConfig(**SIZES[size] | settings, max_position_embeddings=2048, eos_token_id=0, pad_token_id=0)
+
+
+def groups(B: int, K: int, prompt: int, mean: int, spread: int, vocabulary: int, seed: int = 0) -> list[Group]:
+    """Of random tokens, with known reference scores."""
+    rng = np.random.default_rng(seed)
+
+    def response() -> Trajectory:
+        length = int(np.clip(rng.normal(mean, spread), 4, 2 * mean))
+        tokens = rng.integers(1, vocabulary, length, dtype=np.int32)
+        return Trajectory(tokens, True, rng.random(), 0, ref_logprobs=np.full(length, -5.0, np.float32))
+
+    return [
+        Group(i, rng.integers(1, vocabulary, prompt, dtype=np.int32), [response() for _ in range(K)]) for i in range(B)
+    ]
+
+
+def seconds(trainer: Trainer, batch: list[Group], share: bool | None = None) -> float:
+    """Of an update, with shared prompts, without, or as the trainer chooses."""
+    if share is not None:
+        vars(trainer)["shares"] = lambda _: share  # in front of the class's
+    try:
+        wait()
+        began = time.perf_counter()
+        trainer.update(batch, beta=0.05, lr=0.0)
+        wait()
+        return time.perf_counter() - began
+    finally:
+        vars(trainer).pop("shares", None)
+
+
+def wait() -> None:
+    """Until the GPU has done what it was given."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_flops() -> float:
+    """A second, of a large matrix product."""
+    size, dtype = (8192, torch.bfloat16) if DEVICE == "cuda" else (1536, torch.float32)
+    a = torch.randn(size, size, device=DEVICE, dtype=dtype)
+    times = []
+    for _ in range(8):
+        wait()
+        began = time.perf_counter()
+        a @ a
+        wait()
+        times.append(time.perf_counter() - began)
+    return 2 * size**3 / min(times)
+
+
+def lengths(size: str, repeats: int) -> Iterator[dict[str, float]]:
+    """Packed against padded rows."""
+    trainer = Trainer(llama(size), tb, DEVICE)
+    batches = {name: groups(*shape, SIZES[size]["vocab_size"]) for name, shape in LENGTHS.items()}
+    for batch in batches.values():
+        for share in (True, False):
+            for _ in range(WARM if DEVICE == "cuda" else 1):
+                seconds(trainer, batch, share)
+    for _ in range(repeats):
+        figures = {}
+        for name, batch in batches.items():
+            taken = {share: seconds(trainer, batch, share) for share in (True, False)}
+            figures[f"packed_{name}"] = taken[False] / taken[True]
+            figures[f"chosen_{name}"] = taken[False] / taken[trainer.shares(batch)]
+        yield figures
+
+
+def utilization(size: str, repeats: int) -> Iterator[dict[str, float]]:
+    """Of an update."""
+    batch = groups(*LENGTHS["long"], SIZES[size]["vocab_size"])
+    found: list[dict[str, float]] = [{} for _ in range(repeats)]
+    for optimizer in OPTIMIZERS if DEVICE == "cuda" else OPTIMIZERS[:1]:
+        trainer = Trainer(llama(size), tb, DEVICE, optimizer=optimizer)
+        for _ in range(WARM):
+            tokens = trainer.update(batch, beta=0.05, lr=0.0)["tokens"]
+        for figures in found:
+            flops = 6 * trainer.parameters * tokens / seconds(trainer, batch)
+            figures[f"utilization_{optimizer}"] = flops / peak_flops()
+        del trainer
+    yield from found
+
+
+def memory() -> dict[str, float]:
+    """Of an update at 1.1B with a vocabulary of 150,000."""
+    config = llama("1.1B", vocab_size=150_000)
+    B, K, prompt, length, _ = LENGTHS["long"]
+    if DEVICE == "cpu":
+        settings = Config(prompts_per_step=B, responses_per_prompt=K, max_tokens=length)
+        needs = rehearse(config, settings, prompt, K * (prompt + length), gpu=True)
+        return {"peak_gib_estimated": (needs.policy + needs.activations) / 2**30}
+    trainer = Trainer(config, tb, DEVICE)
+    batch = groups(*LENGTHS["long"], 150_000)
+    for _ in range(WARM):
+        trainer.update(batch, beta=0.05, lr=0.0)
+    held = torch.cuda.memory_allocated()  # gradients are gone
+    torch.cuda.reset_peak_memory_stats()
+    trainer.update(batch, beta=0.05, lr=0.0)
+    return {"peak_gib": (torch.cuda.max_memory_allocated() - held) / 2**30}
+
+
+async def beside(repeats: int, updates: int, settings: list[str]) -> list[dict[str, float]]:
+    """A trainer in this process, which searches too, against one in a process of its own."""
+    found = []
+    async with session(*settings) as run:
+        here, there = multiprocessing.Pipe()
+        arguments = there, run.model, run.train_device, run.train_cores, run.config.temperature
+        child = multiprocessing.get_context("spawn").Process(target=alone, args=arguments, daemon=True)
+        child.start()
+        there.close()
+        async with searching(run):
+            await train(run, WARM)
+            for _ in range(repeats):
+                batches = Batches()
+                with batches.recorded(run):
+                    together = await train(run, updates)
+                here.send_bytes(pickle.dumps((batches.batches, batches.new)))
+                apart = await asyncio.to_thread(here.recv)
+                found.append({"beside_search": apart / together})
+        here.close()  # which ends it
+        child.join()
+    return found
+
+
+def alone(connection, model: str, device: str, cores: set[int], temperature: float) -> None:
+    """The trainer's process: trains on what comes, and says how long it took."""
+    pin(cores)
+    trainer = Trainer(model, tb, device, temperature)
+    rounds = 2  # the first is not counted
+    with contextlib.suppress(EOFError):
+        while True:
+            batches, new = pickle.loads(connection.recv_bytes())
+            for _ in range(rounds):
+                began = time.perf_counter()
+                for batch, unscored in zip(batches, new, strict=True):
+                    for response in unscored:
+                        response.ref_logprobs = None
+                    trainer.update(batch, beta=0.05, lr=1e-6)
+            rounds = 1
+            connection.send(time.perf_counter() - began)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print the table."""
+    commands = parser(__doc__)
+    commands.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    commands.add_argument("--size", choices=SIZES, default="1.1B" if DEVICE == "cuda" else "4M")
+    commands.add_argument("--updates", type=at_least(1), default=60, help="in each repeat of beside_search")
+    wanted, settings = commands.parse_known_args(arguments)
+    found: list[dict[str, float]] = [{} for _ in range(wanted.repeats)]
+
+    def add(part) -> None:
+        for figures, more in zip(found, part, strict=True):
+            figures |= more
+
+    if "beside" in wanted.parts:
+        like_gsm8k = ["--task", "bench/lengths_task.py", "--model", "1.1B"] if DEVICE == "cuda" else []
+        add(asyncio.run(beside(wanted.repeats, wanted.updates, [*like_gsm8k, *settings])))
+    if "lengths" in wanted.parts:
+        add(lengths(wanted.size, wanted.repeats))
+    if "utilization" in wanted.parts:
+        add(utilization(wanted.size, wanted.repeats))
+    if "memory" in wanted.parts:
+        add([memory()] * wanted.repeats)
+    table(found, wanted.json)
+
+
+if __name__ == "__main__":
+    main()
