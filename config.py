@@ -222,8 +222,9 @@ class Config:
 
 
 AT_LEAST = dict(
-    seed=0, steps=1, max_seconds=0, prompts_per_step=1, responses_per_prompt=2, search_responses=2, lr_warmup=0,
-    lr_decay=0, beta=0, beta_final=0, beta_steps=0, gamma_steps=0, reference_reset=0, max_tokens=1, min_tokens=0,
+    activation_memory_budget=0, seed=0, steps=1, max_seconds=0, prompts_per_step=1, responses_per_prompt=2,
+    search_responses=2, lr_warmup=0, lr_decay=0, beta=0, beta_final=0, beta_steps=0, gamma_steps=0, reference_reset=0,
+    max_tokens=1, min_tokens=0,
     sync_every=1, on_policy_prob=0, prime=0, capacity=1, near_duplicate_distance=0, micro_batch_tokens=1,
     gpu_memory_utilization=0, eval_every=0, eval_prompts=0, eval_samples=1, save_every=0, keep=0, search_ahead=1,
     reward_concurrency=1,

@@ -1,8 +1,9 @@
 """Which trains sooner to the same accuracy, this or TRL's GRPOTrainer? Countdown, from the same warmed-up models.
 
-    python -m bench.vs_trl                      seeds 0 to 2: about 10 minutes on 2 cores
+    python -m bench.vs_trl                      seeds 0 to 2: about 7 minutes on 2 cores
     python -m bench.vs_trl --lr 1e-4 --beta 0.1 other settings of tba.py for our side
-    python -m bench.vs_trl --trl '{"learning_rate": 4e-4}'    and of GRPOConfig for TRL's
+    python -m bench.vs_trl --trl '{"learning_rate": 2e-4}'    and of GRPOConfig for TRL's
+    python -m bench.vs_trl --speed              for a GPU: responses a second, on the lengths of GSM8K and TL;DR
     python -m bench.vs_trl --json               prints, last, all figures as one JSON object
 
 Both use both cores as they see fit, and both get a clock of training: from when searching begins, without loading,
@@ -10,6 +11,9 @@ compiling and evaluating. Every second the policy is set aside; afterwards each 
 held-out problems that neither has seen. `seconds` is the clock of the first policy with a pass@1 of 0.50 whose two
 successors have it too; `distinct` is how many different right answers it gives a problem. TRL (in .venv-trl, which is
 made at first) has the settings that were best for it on 2 cores: see bench/README.md.
+
+With --speed a Llama of 1.1B with random weights (--size for another) is trained on 7 x 20 responses at a time, by TRL
+with vLLM colocated: `ours` and `trl` are the responses that are searched and trained on in a second.
 """
 
 import asyncio
@@ -19,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,18 +33,28 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tasks
-from bench.runs import PROJECT, at_least, median_and_range, parser, show
+from bench.lengths_task import folder
+from bench.runs import PROJECT, at_least, median_and_range, parser, show, table
 from bench.session import searching, session, train
 from config import parse
 from searcher import Response
 from tasks import countdown
 
-OURS = "--lr", "2e-4", "--lr-schedule", "constant", "--beta", "0.03"
+OURS = (
+    *("--lr", "2e-4", "--lr-schedule", "constant", "--beta", "0.1", "--prompts-per-step", "16"),
+    *("--responses-per-prompt", "8", "--search-responses", "8"),
+    *("--sync-every", "1", "--on-policy-prob", "1", "--prime", "128"),
+)
 TRL = dict(
-    per_device_train_batch_size=256, num_generations=16, max_completion_length=13, temperature=1.0, loss_type="dr_grpo",
-    scale_rewards="none", beta=0.0, learning_rate=2e-4, lr_scheduler_type="constant", weight_decay=0.0, use_cpu=True,
-    bf16=False, gradient_checkpointing=False,
+    temperature=1.0, loss_type="dr_grpo", scale_rewards="none", beta=0.0, lr_scheduler_type="constant",
+    weight_decay=0.0, gradient_checkpointing=False,
 )  # fmt: skip
+ON_COUNTDOWN = TRL | dict(
+    per_device_train_batch_size=256, num_generations=16, max_completion_length=13, learning_rate=4e-4, use_cpu=True,
+    bf16=False,
+)  # fmt: skip
+LENGTHS_TASK, LENGTHS = "bench/lengths_task.py", {"gsm8k": (120, 200), "tldr": (400, 60)}  # prompt and response, tokens
+B, K, WARM = 7, 20, 3  # of --speed; updates that are not counted
 EVERY, SAMPLES, SUSTAINED, GOAL = 1.0, 8, 3, 0.5  # seconds between policies; samples of a problem; evaluations
 VENV = PROJECT / ".venv-trl"
 
@@ -73,15 +86,20 @@ async def ours(seed: int, seconds: float, settings: list[str]) -> list[Policy]:
 
 
 def trls(seed: int, seconds: float, settings: dict, model: str) -> list[Policy]:
-    """The same of TRL.
+    """The same of TRL."""
+    return run_trl("countdown", {"model": model}, EVERY, seconds, ON_COUNTDOWN | {"seed": seed} | settings)
+
+
+def run_trl(task: str, settings: dict, every: float, seconds: float, grpo: dict) -> list[Policy]:
+    """Policies of TRL on a task, one every so many seconds.
 
     Raises:
         RuntimeError: it failed; shows what it printed.
     """
     with tempfile.TemporaryDirectory() as out:
         wanted = {
-            **{"task": "countdown", "settings": {"model": model}, "model": model, "out": out},
-            **{"every": EVERY, "seconds": seconds, "grpo": TRL | {"seed": seed} | settings},
+            **{"task": task, "settings": settings, "model": settings["model"], "out": out},
+            **{"every": every, "seconds": seconds, "grpo": grpo},
         }
         command = [str(VENV / "bin" / "python"), "-m", "bench.trl_grpo", json.dumps(wanted)]
         done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
@@ -92,6 +110,30 @@ def trls(seed: int, seconds: float, settings: dict, model: str) -> list[Policy]:
             Policy(passed, int(step), AutoModelForCausalLM.from_pretrained(f"{out}/step-{step}").state_dict())
             for step, passed in clock.items()
         ]
+
+
+async def our_speed(model: str, prompt: int, response: int, seconds: float) -> float:
+    """Responses that are searched and trained on in a second."""
+    lengths = "--task", LENGTHS_TASK, "--model", model, "--prompt-tokens", str(prompt), "--max-tokens", str(response)
+    async with session(*lengths) as run, searching(run):
+        await train(run, WARM)
+        searched, step, clock = run.searched, run.step, 0.0
+        while clock < seconds:
+            clock += await train(run, 1)
+        return min(run.searched - searched, (run.step - step) * B * K) / clock
+
+
+def trl_speed(model: str, prompt: int, response: int, seconds: float) -> float:
+    """The same of TRL: each step searches what it trains on."""
+    gpu = dict(use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=0.4, bf16=True)
+    cpu = dict(use_cpu=True, bf16=False)
+    grpo = TRL | dict(
+        per_device_train_batch_size=K, gradient_accumulation_steps=B, num_generations=K, learning_rate=1e-6,
+        max_completion_length=response, **(gpu if torch.cuda.is_available() else cpu),
+    )  # fmt: skip
+    settings = {"model": model, "prompt_tokens": prompt, "max_tokens": response}
+    first, *_, last = run_trl(LENGTHS_TASK, settings, seconds / 4, seconds, grpo)
+    return (last.step - first.step) * B * K / (last.seconds - first.seconds)
 
 
 def make_venv() -> None:
@@ -105,6 +147,7 @@ def make_venv() -> None:
         [sys.executable, "-m", "venv", str(VENV)],
         [*pip, "--no-deps", torch_here],  # the same build as here
         [*pip, "-r", str(PROJECT / "bench" / "requirements-trl.txt")],
+        *([[*pip, "trl[vllm]"]] if torch.cuda.is_available() else []),
     ):
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     (VENV / "made").touch()
@@ -172,26 +215,20 @@ def rate(policies: list[Policy]) -> float:
     return policies[-1].step / policies[-1].seconds
 
 
-def rows(found: list[dict]) -> Iterator[tuple[str, ...]]:
-    """Of the table: a seed each, and the medians."""
-    for seed, each in enumerate(found):
-        yield str(seed), *(f"{each[name]:.2f}" for name in COLUMNS)
-    yield "all", *(median_and_range([each[name] for each in found], 2) for name in COLUMNS)
-
-
-SIDES = "ours", "trl"
-COLUMNS = ("speedup", *(f"{side}_{name}" for name in ("seconds", "distinct", "step", "steps_per_s") for side in SIDES))
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Train, examine, print the table."""
     commands = parser(__doc__)
     commands.add_argument("--seeds", type=at_least(1), default=3)
-    commands.add_argument("--seconds", type=float, default=60.0, help="of training, at most")
+    commands.add_argument("--seconds", type=float, default=30.0, help="of training, at most")
     commands.add_argument("--problems", type=at_least(1), default=800)
     commands.add_argument("--trl", type=json.loads, default={}, help="settings of GRPOConfig, as JSON")
+    commands.add_argument("--speed", action="store_true", help="measure responses a second instead")
+    commands.add_argument("--size", default="1.1B", help="with --speed: of bench/lengths_task.py")
     wanted, settings = commands.parse_known_args(arguments)
     make_venv()
+    if wanted.speed:
+        table([speed(wanted.size, wanted.seconds) for _ in range(wanted.repeats)], wanted.json)
+        return
     found = []
     for seed in range(wanted.seeds):  # both one after the other, so that the machine's slower minutes meet both
         config: Any = parse(["--seed", str(seed), *settings])
@@ -199,15 +236,22 @@ def main(arguments: list[str] | None = None) -> None:
         exam = Exam(model, wanted.problems)
         here = exam.first_good(asyncio.run(ours(seed, wanted.seconds, settings)))
         there = exam.first_good(trls(seed, wanted.seconds, wanted.trl, model))
-        figures = {
-            f"{side}_{name}": value
-            for side, each in zip(SIDES, (here, there), strict=True)
-            for name, value in each.items()
-        }
-        found.append(figures | {"speedup": there["seconds"] / here["seconds"]})
-        print(f"seed {seed}: {found[-1]}", flush=True)
-    medians = {name: float(torch.tensor([each[name] for each in found]).median()) for name in COLUMNS}
-    show(("seed", *COLUMNS), rows(found), medians | {"seeds": found}, wanted.json)
+        figures = {f"ours_{name}": value for name, value in here.items()}
+        figures |= {f"trl_{name}": value for name, value in there.items()}
+        found.append({"speedup": there["seconds"] / here["seconds"]} | figures)
+    medians = {name: float(np.median([each[name] for each in found])) for name in found[0]}
+    rows = [(str(seed), *(f"{value:.2f}" for value in each.values())) for seed, each in enumerate(found)]
+    rows.append(("all", *(median_and_range([each[name] for each in found], 2) for name in medians)))
+    show(("seed", *medians), rows, medians | {"seeds": found}, wanted.json)
+
+
+def speed(size: str, seconds: float) -> dict[str, float]:
+    """Responses a second of both, for each of the lengths."""
+    model, figures = folder(size), dict[str, float]()
+    for name, lengths in LENGTHS.items():
+        here, there = asyncio.run(our_speed(model, *lengths, seconds)), trl_speed(model, *lengths, seconds)
+        figures |= {f"ours_{name}": here, f"trl_{name}": there, f"speedup_{name}": here / there}
+    return figures
 
 
 if __name__ == "__main__":

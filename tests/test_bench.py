@@ -8,6 +8,7 @@ import math
 import pytest
 
 from bench import buffer, overlap, search, start, sync, train, vs_trl
+from bench.lengths_task import folder
 from bench.session import session
 from tasks import countdown
 
@@ -52,6 +53,7 @@ def test_benches_of_a_run(embedded, few_problems, monkeypatch, capsys, nothing_l
             monkeypatch.setattr(vs_trl, "EVERY", 0.2)
             first, *_, last = policies = await vs_trl.ours(0, 1.0, [])
             assert 0 < first.seconds < last.seconds < 30 and first.step < last.step
+            assert await vs_trl.our_speed(str(embedded[1]), 8, 4, 0.1) > 0
             monkeypatch.setitem(countdown.PROBLEMS, "test", countdown.Task.Settings().eval_prompts + 8)
             exam = vs_trl.Exam(str(embedded[1]), 8)
             assert 0 <= exam(first)["pass@1"] <= 1 and exam.first_good(policies).keys() >= {"seconds", "distinct"}
@@ -96,3 +98,4 @@ def test_trl_trains_on_the_same_task(embedded):
     few = {"per_device_train_batch_size": 16, "num_generations": 8}
     first, *_ = vs_trl.trls(0, 1.5, few, str(embedded[1]))
     assert first.step >= 1 and set(first.weights) >= {"model.embed_tokens.weight"}
+    assert vs_trl.trl_speed(folder("tiny"), 8, 4, 2.0) > 0

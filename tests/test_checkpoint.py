@@ -227,5 +227,6 @@ def test_rows_rotate(tmp_path):
     rows = Rows(tmp_path / "samples.jsonl", limit=50)
     for i in range(20):
         rows.append({"step": i, "text": "x" * 10})
+        rows.flush()
     steps = [row["step"] for name in ("samples.1.jsonl", "samples.jsonl") for row in read(tmp_path / name)]
     assert steps == list(range(steps[0], 20)) and 2 <= len(steps) <= 6
