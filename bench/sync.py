@@ -1,6 +1,6 @@
 """What does a sync cost: how long does generation stand still, and how far is that from a plain copy of the weights?
 
-    python -m bench.sync                        a random Llama of 30M (on a GPU 1.1B): about 2 minutes on 2 cores
+    python -m bench.sync                        a random Llama of 30M (on a GPU 1.1B): about 4 minutes on 2 cores
     python -m bench.sync --model DIR            another; all settings of tba.py
     python -m bench.sync --task countdown       the embedded model, where what a call costs whatever the size shows
     python -m bench.sync --json                 prints, last, all figures as one JSON object
@@ -111,7 +111,7 @@ async def main(arguments: list[str] | None = None) -> None:
     commands = parser(__doc__)
     wanted, settings = commands.parse_known_args(arguments)
     size = "1.1B" if torch.cuda.is_available() else "30M"
-    lengths = "--task", "bench/lengths_task.py", "--model", size, "--prompt-tokens", "16", "--max-tokens", "240"
+    lengths = "--task", "bench/lengths_task.py", "--model", size, "--prompt-tokens", "16", "--max-tokens", "60"
     async with session(*([] if "--task" in settings else lengths), *settings) as run:
         print(f"{run.trainer.parameters:,} parameters, {run.trainer.staging.flat.nbytes / 2**20:.1f} MiB of weights")
         repeats = [await repeat(run) for _ in range(wanted.repeats)]

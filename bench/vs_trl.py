@@ -10,7 +10,7 @@ Both use both cores as they see fit, and both get a clock of training: from when
 compiling and evaluating. Every second the policy is set aside; afterwards each is asked for 8 responses to each of 800
 held-out problems that neither has seen. `seconds` is the clock of the first policy with a pass@1 of 0.50 whose two
 successors have it too; `distinct` is how many different right answers it gives a problem. TRL (in .venv-trl, which is
-made at first) has the settings that were best for it on 2 cores: see bench/README.md.
+made at first) has the settings that were best for it of those tried on 2 cores: see bench/README.md.
 
 With --speed a Llama of 1.1B with random weights (--size for another) is trained on 7 x 20 responses at a time, by TRL
 with vLLM colocated: `ours` and `trl` are the responses that are searched and trained on in a second.
@@ -37,12 +37,13 @@ from bench.lengths_task import folder
 from bench.runs import PROJECT, at_least, median_and_range, parser, show, table
 from bench.session import searching, session, train
 from config import parse
+from run import in_thread
 from searcher import Response
 from tasks import countdown
 
 OURS = (
-    *("--lr", "2e-4", "--lr-schedule", "constant", "--beta", "0.1", "--prompts-per-step", "16"),
-    *("--responses-per-prompt", "8", "--search-responses", "8"),
+    *("--steps", "1000000", "--lr", "1.5e-4", "--lr-schedule", "constant", "--beta", "0.03"),
+    *("--prompts-per-step", "16", "--responses-per-prompt", "8", "--search-responses", "8"),
     *("--sync-every", "1", "--on-policy-prob", "1", "--prime", "128"),
 )
 TRL = dict(
@@ -69,19 +70,22 @@ class Policy:
 
 
 async def ours(seed: int, seconds: float, settings: list[str]) -> list[Policy]:
-    """Policies of a run."""
+    """Policies of a run, one every so many seconds."""
     policies: list[Policy] = []
     async with session("--seed", str(seed), *OURS, *settings) as run:
+
+        def weights() -> Policy:  # between two updates
+            copies = {name: weight.detach().clone() for name, weight in run.trainer.policy.state_dict().items()}
+            return Policy(time.perf_counter() - began, run.step, copies)
+
         began = time.perf_counter()
         async with searching(run, warm=0):
-            clock = time.perf_counter() - began  # in which the first responses were searched
-            while clock < seconds:
-                clock += await train(run, 5)
-                if clock >= EVERY * (len(policies) + 1):
-                    weights = {
-                        name: weight.detach().clone() for name, weight in run.trainer.policy.state_dict().items()
-                    }
-                    policies.append(Policy(clock, run.step, weights))
+            training = asyncio.create_task(run.train())
+            while not training.done() and time.perf_counter() - began < seconds:
+                await asyncio.sleep(max(0.0, began + EVERY * (len(policies) + 1) - time.perf_counter()))
+                policies.append(await in_thread(run.train_thread, weights))
+            training.cancel()
+            await asyncio.wait({training})
     return policies
 
 
