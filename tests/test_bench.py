@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -51,6 +52,7 @@ def test_benches_of_a_run(embedded, few_problems, monkeypatch, capsys, nothing_l
             (found,) = await train.beside(1, 2, [])
             assert 0 < found["beside_search"] < 100
             monkeypatch.setattr(vs_trl, "EVERY", 0.2)
+            run.config = replace(run.config, steps=10**6)
             first, *_, last = policies = await vs_trl.ours(0, 1.0, [])
             assert 0 < first.seconds < last.seconds < 30 and first.step < last.step
             assert await vs_trl.our_speed(str(embedded[1]), 8, 4, 0.1) > 0
