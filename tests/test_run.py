@@ -1,5 +1,6 @@
 """The main job as a user runs it: the command in a process of its own, with real vLLM engines."""
 
+import asyncio
 import itertools
 import json
 import os
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 
 import weights
+from config import parse
 from report import read_run
+from run import Run
 from tests.runs import nothing_is_left, read, started
 
 FIELDS = {
@@ -103,6 +106,18 @@ def test_engines_and_trainer_agree_after_each_sync(short_run):
     ]
     assert len(set(differences)) > 10  # each is measured
     assert all(0 <= mean <= largest < 1e-4 for mean, largest in differences)
+
+
+def test_the_event_loop_leaves_engines_on_the_cpu_their_cores(embedded, few_problems, tmp_path, monkeypatch):
+    run, seen, before = Run(parse(["--model", str(embedded[1])])), [], os.sched_getaffinity(0)
+
+    async def look() -> None:
+        seen.append(os.sched_getaffinity(0))
+
+    monkeypatch.setattr(run, "_main", look)
+    asyncio.run(run.main())
+    assert seen == [run.train_cores] and os.sched_getaffinity(0) == before
+    assert len(before) == 1 or not run.train_cores & run.search_cores
 
 
 def test_the_benches_tabulate_finished_runs(short_run, tmp_path, monkeypatch, capsys):
