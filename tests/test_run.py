@@ -122,7 +122,7 @@ def test_the_event_loop_leaves_engines_on_the_cpu_their_cores(embedded, few_prob
 
 def test_the_benches_tabulate_finished_runs(short_run, tmp_path, monkeypatch, capsys):
     """Here tba.py is not started anew: a copy of the short run stands for what it leaves."""
-    from bench import objectives, runs, search_scaling
+    from bench import curves, objectives, runs, search_scaling
 
     asked = []
 
@@ -149,6 +149,9 @@ def test_the_benches_tabulate_finished_runs(short_run, tmp_path, monkeypatch, ca
     next(tmp_path.glob("grpo-2x-*/bench.json")).unlink()  # an interrupted one is
     bench.main()
     assert len(asked) == 1
+    monkeypatch.setattr(sys, "argv", ["curves", str(short_run[0])])
+    curves.main()
+    assert f" {last['eval/pass@1']:.3f} |" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_the_policy_loads_in_transformers_and_in_vllm_with_the_same_greedy_answers(short_run, embedded):
