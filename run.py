@@ -169,9 +169,13 @@ class Run:
 
     async def main(self) -> None:
         """The run from start to end."""
-        # Engines on the CPU have their cores to themselves: the event loop takes some of the trainer's time instead.
-        with confined(self.train_cores if "cpu" in self.search_devices else os.sched_getaffinity(0)):
+        with confined(self.loop_cores):
             await self._main()
+
+    @property
+    def loop_cores(self) -> set[int]:
+        """The event loop's: engines on the CPU have theirs to themselves, for it takes some of the trainer's time."""
+        return self.train_cores if "cpu" in self.search_devices else os.sched_getaffinity(0)
 
     async def _main(self) -> None:
         try:

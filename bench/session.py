@@ -46,7 +46,7 @@ async def searching(run: Run, warm: int | None = None) -> AsyncIterator[None]:
     """Search and sync, going on as long as the block; it begins once so many responses are found (default: as many as
     are in flight at a time), and there are enough to train on."""
     goal = run.searched + (run.searcher.slots if warm is None else warm)
-    with confined(run.train_cores if run.train_device == "cpu" else os.sched_getaffinity(0)):
+    with confined(run.loop_cores):
         tasks = [asyncio.create_task(run.search()), asyncio.create_task(run.sync())]
         try:
             while run.searched < goal or not run.primed.is_set():
