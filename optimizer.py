@@ -30,7 +30,7 @@ def weights_dtype(name: str) -> torch.dtype:
 
 
 def make_optimizer(name: str, weights: list[nn.Parameter]) -> Optimizer:
-    """An optimiser without weight decay; its learning rate is set by `set_lr`."""
+    """An optimiser without weight decay; `take_step` gives it its learning rate."""
     import torch
 
     if name == "adamw":
@@ -41,13 +41,19 @@ def make_optimizer(name: str, weights: list[nn.Parameter]) -> Optimizer:
     return kind(weights, lr=0.0, weight_decay=0.0, bf16_stochastic_round=True)
 
 
-def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Of the next step."""
-    group = optimizer.param_groups[0]
-    if isinstance(group["lr"], float):
+def take_step(optimizer: Optimizer, lr: float, finite: Tensor) -> None:
+    """One step, or none where not `finite`, a truth value on the device: torch's own optimiser asks it there, for
+    torchao's the host has to wait."""
+    import torch
+
+    (group,) = optimizer.param_groups
+    if isinstance(optimizer, torch.optim.AdamW):
         group["lr"] = lr
-    else:  # torchao's is a tensor
+        optimizer.found_inf = (~finite).float()
+        optimizer.step()
+    elif finite:
         group["lr"].fill_(lr)
+        optimizer.step()
 
 
 def state_tensors(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:

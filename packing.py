@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
 from buffer import Group, Trajectory
+from transfer import to_device
 
 
 @dataclass(slots=True)
@@ -87,7 +88,7 @@ def pack(groups: list[Group], device: torch.device, flex: bool = False, share: b
         padded[at] = values
         return padded.reshape(shape)
 
-    token = np.concatenate(parts)
+    token = np.concatenate(parts).astype(np.int64)
     tokens = to_device(rows(token, 0), device)
     source, target, owner, place = (
         to_device(each, device) for each in (at[source], token[written], owner[part][written], in_part[written])
@@ -104,12 +105,6 @@ def pack(groups: list[Group], device: torch.device, flex: bool = False, share: b
         row, column = torch.arange(R, device=device)[:, None, None], torch.arange(T, device=device)
         mask = rule(row, None, column[:, None], column)[:, None]
     return Packed(tokens, positions, mask, source, target, owner, place, responses, read)
-
-
-def to_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """Whole numbers as a tensor; to a GPU from pinned memory, so that nothing waits for what the GPU is doing."""
-    tensor = torch.from_numpy(values.astype(np.int64))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def tokens_of(group: Group, share: bool) -> int:

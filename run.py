@@ -21,8 +21,10 @@ import math
 import os
 import random
 import time
+from collections import deque
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +45,7 @@ from trackers import wanted
 from watch import Watch
 
 if TYPE_CHECKING:
-    from trainer import Trainer
+    from trainer import Figures, Trainer
 
 PROBE_TOKENS = 64  # on which engines and trainer are compared after each sync
 RESPONSE, UPDATE = "response has arrived", "update has ended"  # what is watched for
@@ -54,6 +56,16 @@ BAD_UPDATES = 10  # in a row, whose loss or gradient is not finite: the run ends
 
 class Finished(Exception):
     """Nothing is left to do; says so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """An update that was asked for."""
+
+    step: int  # updates before it
+    groups: list[Group]
+    figures: "Figures"
+    settings: dict[str, float]  # that may change from one to the next
 
 
 class Run:
@@ -137,6 +149,8 @@ class Run:
         self.last_sync: dict[str, float] = {}  # figures of the last sync
         self.held = 0  # coroutines that wait for training before they search
         self.found: list[Trajectory] = []  # by search since the last update
+        self.made: deque[Update] = deque()  # that are not yet recorded
+        self.worked = 0.0  # seconds that the trainer has worked since the last record
 
     def show(self) -> None:
         """Print the settings and the first prompt."""
@@ -362,6 +376,7 @@ class Run:
                 self.published_new.set()
             if self.evaluation_due and self.evaluation.done():  # one at a time: else this one is left out
                 self.evaluation = self.group.create_task(self.evaluate())
+        await whole(self.settle())
 
     async def take_turns(self) -> None:
         """Search B prompts, update the policy on what was found, sync, and so on: nothing at the same time."""
@@ -383,9 +398,13 @@ class Run:
                 await self.load_published()
             if self.evaluation_due:
                 await self.evaluate()
+        await whole(self.settle())
 
     async def update(self) -> None:
-        """Sample a batch, update the policy on it, record it, and begin to save a checkpoint where one is due.
+        """Sample a batch, update the policy on it, and begin to save a checkpoint where one is due.
+
+        On a GPU the update may still be under way when this returns, and is recorded after the next one has been asked
+        for, so that the GPU has no need to wait for the host.
 
         Raises:
             Failure: update after update had no finite gradient.
@@ -399,19 +418,29 @@ class Run:
         began = self.log.time
         with self.log.span("train"):
             figures = await in_thread(self.train_thread, self.trainer.update, groups, beta, lr, gamma)
-        worked = self.log.time - began
-        self.count_skipped(groups, figures)
-        self.record(groups, figures | {"lr": lr, "beta": beta, "gamma": gamma}, worked)
-        if self.bad >= BAD_UPDATES:
-            raise Failure(
-                f"{self.bad} updates in a row had no finite loss or gradient: a lower --lr may help. The newest "
-                f"checkpoint is {next(iter(checkpoint.by_step(self.out).values()), 'none')}"
-            )
+        self.worked += self.log.time - began
+        self.made.append(Update(step, groups, figures, {"lr": lr, "beta": beta, "gamma": gamma}))
+        self.step += 1
+        self.updated.set()  # who waits for it goes on
+        self.updated.clear()
+        await self.settle(under_way=1)
         if config.save_every and (self.step % config.save_every == 0 or self.evaluation_due):
+            await self.settle()
             await self.save()
 
-    def count_skipped(self, groups: list[Group], figures: dict) -> None:
+    async def settle(self, under_way: int = 0) -> None:
+        """Record the updates that are done; at most so many may be under way."""
+        while self.made and (len(self.made) > under_way or self.made[0].figures.ready):
+            if not self.made[0].figures.ready:
+                began = self.log.time
+                with self.log.span("train"):
+                    await in_thread(self.train_thread, self.made[0].figures.wait)
+                self.worked += self.log.time - began
+            self.record(self.made.popleft())
+
+    def count_skipped(self, update: Update) -> None:
         """Count an update that was skipped because its loss or its gradient was not finite, and name its prompts."""
+        groups, figures = update.groups, update.figures
         if math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"]):
             self.bad = 0
             return
@@ -420,17 +449,23 @@ class Run:
         prompts = ", ".join(f"{g.prompt_id} ({self.prompts[g.prompt_id].text[:40]!r})" for g in groups[:3])
         prompts += f" and {len(groups) - 3} more" * (len(groups) > 3)
         say(
-            f"update {self.step + 1} is skipped: its loss is {figures['loss']:.4g}, the norm of its gradient "
+            f"update {update.step + 1} is skipped: its loss is {figures['loss']:.4g}, the norm of its gradient "
             f"{figures['grad_norm']:.4g}; its prompts are {prompts}"
         )
 
-    def record(self, groups: list[Group], figures: dict, worked: float) -> None:
-        """Count an update and write its metrics: rates and shares are of the time since the last update's end."""
+    def record(self, update: Update) -> None:
+        """Write an update's metrics: rates and shares are of the time since the last one's end.
+
+        Raises:
+            Failure: update after update had no finite gradient.
+        """
+        groups, figures = update.groups, update.figures
+        self.count_skipped(update)
         since, busy = self.recorded
         self.recorded = now, busy_now = self.log.time, self.searcher.busy_seconds
         passed, found, self.found = now - since, self.found, []
         self.reward = float(np.mean([t.reward for t in found])) if found else self.reward
-        trained = figures.pop("tokens")
+        worked, self.worked = self.worked, 0.0
         rates = {
             "buffer_size": len(self.buffer),
             "buffer_bytes": self.buffer.nbytes,
@@ -440,16 +475,19 @@ class Run:
             "engine_restarts": self.searcher.restarts,
             "search_held": self.held,
             "search_tokens_per_s": sum(len(t.tokens) for t in found) / passed,
-            "train_tokens_per_s": trained / passed,
+            "train_tokens_per_s": figures["tokens"] / passed,
             "search_idle": max(0.0, 1 - (busy_now - busy) / passed),
             "train_idle": max(0.0, 1 - worked / passed),
         } | self.last_sync
         prompt = self.prompts[groups[0].prompt_id].text
-        self.log.update(self.step, {"reward": self.reward} | figures | rates, groups, prompt, self.texts)
-        self.step += 1
+        given = {name: figures[name] for name in figures if name != "tokens"} | update.settings
+        self.log.update(update.step, {"reward": self.reward} | given | rates, groups, prompt, self.texts)
         self.watch.saw(UPDATE)
-        self.updated.set()  # who waits for it goes on
-        self.updated.clear()
+        if self.bad >= BAD_UPDATES:
+            raise Failure(
+                f"{self.bad} updates in a row had no finite loss or gradient: a lower --lr may help. The newest "
+                f"checkpoint is {next(iter(checkpoint.by_step(self.out).values()), 'none')}"
+            )
 
     @property
     def evaluation_due(self) -> bool:
@@ -563,7 +601,8 @@ class Run:
             await self.searcher.load_staging()
         seconds = self.log.time - began
         self.buffer.start_window()
-        agreement = await compare(self.searcher, self.probe, self.expected, self.config.check_sync)
+        expected = await asyncio.to_thread(self.expected.numpy)
+        agreement = await compare(self.searcher, self.probe, expected, self.config.check_sync)
         self.last_sync = agreement | {"sync_ms": 1000 * seconds}
 
     # ---- evaluate ----
@@ -605,6 +644,8 @@ class Run:
                 last_first.callback(self.searcher.shutdown)
             last_first.callback(self.task.end)
             last_first.callback(self.save_last)
+            for update in reversed(self.made):
+                last_first.callback(self.record, update)
             last_first.callback(self.train_thread.shutdown, cancel_futures=True)
 
 

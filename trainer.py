@@ -2,12 +2,14 @@
 
 It knows log-probabilities of responses, one update, and how to save itself. On CUDA the computation is bf16 and each
 decoder layer is compiled by itself. Weights are fp32, or bf16 with an optimiser that is made for it (optimizer.py).
+
+On CUDA an update is only asked for: it waits for no figure of its own, so that the next one can be made ready while the
+GPU is at work. What it needs of the host is the reference's, which has a stream of its own.
 """
 
 import contextlib
 import itertools
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,9 +24,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from buffer import Group, Trajectory
 from loss import Batch
 from models import load_settings
-from optimizer import make_optimizer, restore, set_lr, state_tensors, weights_dtype
+from optimizer import make_optimizer, restore, state_tensors, take_step, weights_dtype
 from packing import Packed, pack, sharing_pays, tokens_of
 from screen import Failure, say
+from transfer import Late, to_device
 from weights import Staging
 
 CHUNK = 2**26  # logits at a time, 256 MiB of fp32: [tokens, vocabulary] of a whole micro-batch is never built
@@ -83,7 +86,8 @@ class Trainer:
                 "--train-device, or lower --gpu-memory-utilization where an engine shares it"
             ) from None
         own = self.policy.generation_config.eos_token_id
-        self.end_tokens = list({end_token, *(own if isinstance(own, list) else [own])} - {None})
+        ends = {end_token, *(own if isinstance(own, list) else [own])} - {None}
+        self.end_tokens = torch.tensor(sorted(ends), dtype=torch.long, device=self.device)
         self.ref_version = 0  # resets so far
         self.reference = lighten(reference, compute) if dtype == torch.float32 else reference
         self.attention = self.policy.config._attn_implementation  # of rows that share prompts
@@ -98,6 +102,8 @@ class Trainer:
         self.autocast = torch.autocast("cuda", compute) if self.device.type == "cuda" else contextlib.nullcontext()
         self.optimizer = make_optimizer(optimizer, list(self.policy.parameters()))
         self.stepping = False  # the weights are being changed
+        self.aside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # the reference's
+        self._order_reference()
         self.staging: Staging | None = None
         if checkpoint_dir:
             self._load_optimizer(checkpoint_dir)
@@ -132,34 +138,41 @@ class Trainer:
             yield micro, pack(micro, self.device, self.attention != "sdpa", share)
 
     @torch.no_grad()
-    def probe(self, tokens: np.ndarray) -> np.ndarray:
+    def probe(self, tokens: np.ndarray) -> Late:
         """Log-probability of each token of a sequence but the first [T-1] under the policy, at temperature 1."""
         rest = Trajectory(tokens[1:], finished=True, reward=0.0, version=0)
         batch = pack([Group(0, tokens[:1], [rest])], self.device, share=False)
-        logprobs_N, _ = self.logprobs(self.policy, batch, temperature=1.0)
-        return logprobs_N.cpu().numpy()
+        return Late(self.logprobs(self.policy, batch, temperature=1.0)[0])
 
     @torch.no_grad()
     def score_reference(self, groups: list[Group]) -> None:
         """Set `ref_logprobs` of the responses that have none of this reference: each is computed once, when it is first
-        trained on, and once more when it is first trained on after a reset."""
+        trained on, and once more when it is first trained on after a reset. On CUDA beside the update before."""
 
         def lacks(response: Trajectory) -> bool:
             return response.ref_logprobs is None or response.ref_version != self.ref_version
 
         new = [Group(g.prompt_id, g.prompt, [r for r in g.responses if lacks(r)]) for g in groups]
-        for _, batch in self.packed([group for group in new if group.responses]):
-            logprobs_N, _ = self.logprobs(self.reference, batch, self.temperature, self.min_tokens)
-            ends = np.cumsum([len(response.tokens) for response in batch.responses])
-            for response, logprobs in zip(batch.responses, np.split(logprobs_N.cpu().numpy(), ends[:-1]), strict=True):
-                response.ref_logprobs, response.ref_version = logprobs, self.ref_version
+        with torch.cuda.stream(self.aside):
+            for _, batch in self.packed([group for group in new if group.responses]):
+                logprobs_N, _ = self.logprobs(self.reference, batch, self.temperature, self.min_tokens)
+                ends = np.cumsum([len(response.tokens) for response in batch.responses])
+                each = np.split(logprobs_N.cpu().numpy(), ends[:-1])
+                for response, logprobs in zip(batch.responses, each, strict=True):
+                    response.ref_logprobs, response.ref_version = logprobs, self.ref_version
 
     def reset_reference(self) -> None:
         """Let the policy as it is now be the reference."""
         self.reference.load_state_dict(self.policy.state_dict())
+        self._order_reference()
         self.ref_version += 1
 
-    def update(self, groups: list[Group], beta: float, lr: float, gamma: float = 1.0) -> dict[str, float]:
+    def _order_reference(self) -> None:
+        """Let what the reference computes from here on come after the change of its weights."""
+        if self.aside:
+            self.aside.wait_stream(torch.cuda.current_stream(self.device))
+
+    def update(self, groups: list[Group], beta: float, lr: float, gamma: float = 1.0) -> "Figures":
         """One optimiser step on B groups of K responses; the reference's log-probabilities count by 1/gamma.
 
         There is no step where the loss or the gradient is not finite. Where memory runs out, micro-batches are halved
@@ -195,7 +208,7 @@ class Trainer:
             self.micro_batch_tokens //= 2
             say(f"out of memory in an update: it is made again with --micro-batch-tokens {self.micro_batch_tokens}")
 
-    def _update(self, groups: list[Group], beta: float, lr: float, gamma: float) -> dict[str, float]:
+    def _update(self, groups: list[Group], beta: float, lr: float, gamma: float) -> "Figures":
         self.score_reference(groups)
         totals, tokens, read = torch.zeros(3, device=self.device), 0, 0
         for micro, batch in self.packed(groups):
@@ -211,33 +224,32 @@ class Trainer:
             tokens += len(entropy_N)
             read += batch.read
         grad_norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
-        loss, kl, entropy, grad_norm = torch.cat([totals, grad_norm[None]]).tolist()
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            set_lr(self.optimizer, lr)
-            if self.staging:
-                self.staging.order_before_write()
-            self.stepping = True
-            self.optimizer.step()
-            self.stepping = False
+        loss, kl, entropy = totals
+        if self.staging:
+            self.staging.order_before_write()
+        self.stepping = True
+        take_step(self.optimizer, lr, loss.isfinite() & grad_norm.isfinite())
+        self.stepping = False
         self.optimizer.zero_grad()
-        return {"loss": loss, "kl": kl, "entropy": entropy / tokens, "grad_norm": grad_norm, "tokens": read}
+        return Figures({"tokens": read}, {"loss": loss, "kl": kl, "entropy": entropy / tokens, "grad_norm": grad_norm})
 
     def _batch(self, groups: list[Group], packed: Packed, logprobs_N: Tensor) -> Batch:
         """What the objective reads, each group with its K responses, those that it holds several times included."""
         place = {id(response): u for u, response in enumerate(packed.responses)}
-        index_BK = torch.tensor([[place[id(r)] for r in g.responses] for g in groups], device=self.device)
+        index_BK = to_device(np.array([[place[id(r)] for r in g.responses] for g in groups]), self.device)
 
         def stored_N(name: str) -> Tensor:
-            return torch.from_numpy(np.concatenate([getattr(r, name) for r in packed.responses])).to(self.device)
+            values = np.concatenate([getattr(response, name) for response in packed.responses])
+            return to_device(values, self.device)
 
         behaviour_N = logprobs_N.detach() if self.on_policy else stored_N("logprobs")
         per_token = (logprobs_N, stored_N("ref_logprobs"), behaviour_N, torch.ones_like(logprobs_N))
-        rewards = [response.reward for response in packed.responses]
-        rewards_U = torch.tensor(rewards, dtype=torch.float32, device=self.device)  # whole numbers too
+        rewards = np.array([response.reward for response in packed.responses])
+        rewards_U = to_device(rewards, self.device, torch.float32)
         logprobs_BKT, ref_BKT, behaviour_BKT, mask_BKT = (packed.padded(each)[index_BK] for each in per_token)
         return Batch(logprobs_BKT, ref_BKT, behaviour_BKT, mask_BKT, rewards_U[index_BK])
 
-    def publish(self, tokens: np.ndarray, version: int) -> np.ndarray:
+    def publish(self, tokens: np.ndarray, version: int) -> Late:
         """Copy the policy's weights to where the engines take them from.
 
         Returns:
@@ -272,6 +284,36 @@ class Trainer:
         with safe_open(folder / "optimizer.safetensors", "pt") as file:
             self.ref_version = int(file.metadata()["ref_version"])
             restore(self.optimizer, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+
+
+class Figures(Mapping[str, float]):
+    """What an update gives, by name. On CUDA the update may be under way: who reads a figure waits for it.
+
+    Args:
+        known: figures that the host has.
+        late: figures that the device will have.
+    """
+
+    def __init__(self, known: dict[str, float], late: dict[str, Tensor]):
+        self.known, self.names, self.late = known, list(late), Late(torch.stack(list(late.values())))
+
+    @property
+    def ready(self) -> bool:
+        """Whether the update is done."""
+        return self.late.ready
+
+    def wait(self) -> None:
+        """Return when it is."""
+        self.late.numpy()
+
+    def __getitem__(self, name: str) -> float:
+        return self.known[name] if name in self.known else float(self.late.numpy()[self.names.index(name)])
+
+    def __iter__(self) -> Iterator[str]:
+        return itertools.chain(self.names, self.known)
+
+    def __len__(self) -> int:
+        return len(self.names) + len(self.known)
 
 
 def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -346,7 +388,7 @@ def token_logprobs(
     target_N: Tensor,
     temperature: float,
     early_N: Tensor | None = None,
-    end_tokens: Sequence[int] = (),
+    end_tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of its distribution [N], in fp32 or better, in nats.
 

@@ -52,13 +52,13 @@ def test_engine_and_trainer_agree_after_a_sync(make_model, tokenizer, tmp_path, 
             for r in responses:  # what the trainer reads as the behaviour policy: temperature is in it
                 assert np.abs(r.logprobs - drawn_from(trainer, prompt, r.tokens)).max() < 1e-4
             tokens = np.concatenate([prompt, responses[0].tokens])
-            first = trainer.probe(tokens)
+            first = trainer.probe(tokens).numpy()
             assert difference(await searcher.prompt_logprobs(tokens), first) < 1e-4
 
             with torch.no_grad():
                 for weight in trainer.policy.parameters():
                     weight.add_(0.05 * torch.randn_like(weight))
-            second = trainer.probe(tokens)
+            second = trainer.probe(tokens).numpy()
             assert np.abs(second - first).max() > 0.1  # or nothing is shown
             running = asyncio.create_task(searcher.generate(prompt, 200))
             await asyncio.sleep(0.01)
@@ -109,7 +109,7 @@ def test_two_engines_share_the_requests_and_one_that_dies_is_noticed(make_model,
             first, second = [responses for responses, _ in await asyncio.gather(*requests)]
             assert {r.tokens.tobytes() for r in first} != {r.tokens.tobytes() for r in second}
             found = await searcher.prompt_logprobs(prompt)
-            assert len(found) == 2 and difference(found, trainer.probe(np.array(prompt))) < 1e-4
+            assert len(found) == 2 and difference(found, trainer.probe(np.array(prompt)).numpy()) < 1e-4
             assert 0 < searcher.busy_seconds < 10
             responses, _ = await searcher.generate(prompt, 200)
             searcher.min_tokens = 3

@@ -29,6 +29,7 @@ import torch
 import screen
 import tasks
 import tba
+import trainer
 from buffer import Buffer, Group, Trajectory
 from checkpoint import by_step, newest
 from config import Config
@@ -127,7 +128,7 @@ def when(condition, *actions) -> threading.Thread:
 
 def test_a_run_survives_what_goes_wrong(embedded, tmp_path, nothing_left, main, monkeypatch):
     """Rewards that raise, hang, are nan, infinite or too few; a loss and a gradient that are nan; no memory; no disk;
-    an engine that is killed, and Ctrl-C at the end."""
+    an engine that is killed, and Ctrl-C at the end. All of it with figures that come late, as from a GPU."""
     out, calls, updates = tmp_path / "run", itertools.count(1), itertools.count(1)
     task_reward, tb, asked = tasks.load("countdown").reward, OBJECTIVES["tb"], []
 
@@ -159,7 +160,15 @@ def test_a_run_survives_what_goes_wrong(embedded, tmp_path, nothing_left, main, 
             resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
         return tb(batch, beta)
 
+    class Late(trainer.Figures):
+        ready = False  # until somebody waits
+
+        def wait(self):
+            super().wait()
+            self.ready = True
+
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    monkeypatch.setattr(trainer, "Figures", Late)
     monkeypatch.setattr(tasks.load("countdown"), "reward", reward)
     monkeypatch.setitem(OBJECTIVES, "tb", objective)
     killer = when(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from optimizer import OPTIMIZERS, make_optimizer, restore, set_lr, state_tensors, weights_dtype
+from optimizer import OPTIMIZERS, make_optimizer, restore, state_tensors, take_step, weights_dtype
 
 
 def made(name: str, value: float = 1.0) -> tuple[nn.Parameter, torch.optim.Optimizer]:
@@ -14,11 +14,10 @@ def made(name: str, value: float = 1.0) -> tuple[nn.Parameter, torch.optim.Optim
     return weight, make_optimizer(name, [weight])
 
 
-def step(weight: nn.Parameter, optimizer: torch.optim.Optimizer, seed: int, lr: float = 1e-4) -> None:
+def step(weight: nn.Parameter, optimizer: torch.optim.Optimizer, seed: int, lr: float = 1e-4, finite=True) -> None:
     torch.manual_seed(seed)
     weight.grad = torch.rand(64, 64).to(weight.dtype) + 1
-    set_lr(optimizer, lr)
-    optimizer.step()
+    take_step(optimizer, lr, torch.tensor(finite))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -28,6 +27,17 @@ def test_steps_that_are_small_beside_the_weight_add_up(name):
     for seed in range(60):
         step(weight, optimizer, seed)
     assert weight.float().mean().item() == pytest.approx(1 - 60 * 1e-4, abs=5e-4)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_that_is_not_finite_is_none(name):
+    weight, optimizer = made(name)
+    step(weight, optimizer, seed=0)
+    before = [weight.detach().clone(), *(tensor.clone() for _, tensor in state_tensors(optimizer))]
+    step(weight, optimizer, seed=1, finite=False)
+    torch.testing.assert_close([weight.detach(), *(t for _, t in state_tensors(optimizer))], before, atol=0, rtol=0)
+    step(weight, optimizer, seed=1)
+    assert not torch.equal(weight, before[0])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
