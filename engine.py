@@ -19,6 +19,7 @@ from screen import Failure
 
 MAX_IN_FLIGHT = {"cuda": 512, "cpu": 256}  # sequences of an engine: on CUDA the captured graphs end there
 RANDOM_WEIGHTS = {"cuda": "dummy", "cpu": "unpacked"}  # vLLM's load formats: worker.py has the latter
+SCHEDULER = {"cuda": "worker.WholeAsync", "cpu": "worker.Whole"}
 PROGRAM = "TBA_PROGRAM"  # in the environment of engines: the process that they belong to
 CPU_CACHE = 2**30  # bytes of keys and values that an engine on the CPU holds
 CALL_SECONDS = 300  # for an engine to answer a call
@@ -191,6 +192,7 @@ class Launcher:
             max_num_seqs=MAX_IN_FLIGHT[kind],
             logprobs_mode="processed_logprobs",
             scheduling_policy="priority",
+            scheduler_cls=SCHEDULER[kind],
             worker_extension_cls="worker.StagingReader",
             disable_log_stats=True,
             **settings,

@@ -1,17 +1,24 @@
-"""What an engine's process does for the trainer: it takes weights, and ends with the program.
+"""What an engine's process does for ours: it takes weights, tells of responses once, and ends with the program.
 
-vLLM imports this there, and nobody else does: `StagingReader` is its `worker_extension_cls`, `Unpacked` its load format
-"unpacked".
+vLLM imports this there, and nobody else does: `StagingReader` is its `worker_extension_cls`, `Whole` or `WholeAsync`
+its `scheduler_cls`, and `Unpacked` its load format "unpacked".
 """
 
 import signal
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+import numpy as np
 import torch
 import torch.multiprocessing  # teaches ForkingPickler CUDA tensors
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.outputs import LogprobsLists
+from vllm.v1.request import Request
 
 from engine import die_with_parent
 from weights import view
@@ -47,6 +54,58 @@ class StagingReader:
         self.model_runner.get_model().load_weights(view(self.staged, self.layout))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the trainer may write the staging tensor again
+
+
+class Whole(Scheduler):
+    """vLLM's scheduler, which tells of a response once, when it has ended, where nobody asks for more.
+
+    vLLM sends each token by itself to the process that asked, which puts them together: for the event loop the work of
+    as many messages as there are tokens, and with log-probabilities of three arrays in each.
+    """
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        self.asked: dict[str, tuple[Request, list[LogprobsLists]]] = {}  # what is to be told once, so far
+
+    def add_request(self, request: Request) -> None:
+        """Let a response be generated."""
+        if request.sampling_params and request.sampling_params.output_kind == RequestOutputKind.FINAL_ONLY:
+            self.asked[request.request_id] = request, []
+        super().add_request(request)
+
+    def finish_requests(self, request_ids, finished_status):
+        """End some from outside; all, where none are named."""
+        ended = self.requests if request_ids is None else request_ids
+        for name in [ended] if isinstance(ended, str) else list(ended):
+            self.asked.pop(name, None)
+        return super().finish_requests(request_ids, finished_status)
+
+    def update_from_output(self, *arguments, **settings) -> dict[int, EngineCoreOutputs]:
+        """What is to be told after a step, by client."""
+        told = super().update_from_output(*arguments, **settings)
+        for each in told.values():
+            each.outputs = [output for output in each.outputs if self.complete(output)]
+        return {i: each for i, each in told.items() if each.outputs or each.finished_requests or each.scheduler_stats}
+
+    def complete(self, output: EngineCoreOutput) -> bool:
+        """Whether an output is to be told; what ends a response gets all of it."""
+        if output.request_id not in self.asked:
+            return True
+        request, logprobs = self.asked[output.request_id]
+        if output.new_logprobs:
+            logprobs.append(output.new_logprobs)
+        if output.finish_reason is None:
+            return False
+        del self.asked[output.request_id]
+        output.new_token_ids = list(request.output_token_ids)
+        if logprobs:
+            columns = zip(*(each[:3] for each in logprobs), strict=True)
+            output.new_logprobs = LogprobsLists(*map(np.concatenate, columns))
+        return True
+
+
+class WholeAsync(Whole, AsyncScheduler):
+    """The same of vLLM's scheduler that is a step ahead of a GPU."""
 
 
 @register_model_loader("unpacked")

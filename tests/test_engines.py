@@ -34,10 +34,21 @@ def drawn_from(trainer: Trainer, prompt: np.ndarray, response: np.ndarray) -> np
 
 
 @pytest.mark.parametrize(("architecture", "tie"), ARCHITECTURES)
-def test_engine_and_trainer_agree_after_a_sync(make_model, tokenizer, tmp_path, architecture, tie):
+def test_engine_and_trainer_agree_after_a_sync(make_model, tokenizer, tmp_path, monkeypatch, architecture, tie):
+    from vllm import SamplingParams
+    from vllm.inputs import tokens_input
+    from vllm.v1.engine.output_processor import OutputProcessor
+
     folder = str(make_model(architecture, tie))
     trainer = Trainer(folder, tb, "cpu", temperature=0.7)
     prompt = np.array(tokenizer("How many clips did Natalia sell?").input_ids, dtype=np.int32)
+    process_outputs, told = OutputProcessor.process_outputs, []
+
+    def listening(self, outputs, *arguments, **settings):
+        told.extend(len(output.new_token_ids) for output in outputs)
+        return process_outputs(self, outputs, *arguments, **settings)
+
+    monkeypatch.setattr(OutputProcessor, "process_outputs", listening)
 
     async def check() -> None:
         searcher = Searcher(["cpu"], temperature=0.7, max_tokens=64)
@@ -49,6 +60,7 @@ def test_engine_and_trainer_agree_after_a_sync(make_model, tokenizer, tmp_path, 
             responses, version = await searcher.generate(prompt, 8, logprobs=True)
             assert version == 0 and len(responses) == 8
             assert len({r.tokens.tobytes() for r in responses}) > 1
+            assert sorted(told) == sorted(len(r.tokens) for r in responses)  # each told once, with all of its tokens
             for r in responses:  # what the trainer reads as the behaviour policy: temperature is in it
                 assert np.abs(r.logprobs - drawn_from(trainer, prompt, r.tokens)).max() < 1e-4
             tokens = np.concatenate([prompt, responses[0].tokens])
@@ -69,6 +81,11 @@ def test_engine_and_trainer_agree_after_a_sync(make_model, tokenizer, tmp_path, 
             assert difference(await searcher.prompt_logprobs(tokens), second) < 1e-4
             responses, version = await running  # what was in flight went on
             assert len(responses) == 200 and version == 0
+            params = SamplingParams(max_tokens=3, ignore_eos=True)
+            told.clear()
+            async for _ in searcher.engines[0].llm.generate(tokens_input(tokens.tolist()), params, "streamed"):
+                pass
+            assert told == [1, 1, 1]  # who asks for it is told as it goes
             assert (await searcher.generate(prompt, 1))[1] == 7
 
             trainer.staging.flat[len(trainer.staging.flat) // 2 :].zero_()  # half of the weights are lost
