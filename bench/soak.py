@@ -1,6 +1,8 @@
 """Does a run survive? Countdown for some minutes, while faults are thrown in at random.
 
-    python -m bench.soak --minutes 20
+    python -m bench.soak                        20 minutes
+    python -m bench.soak --faults 3             until so many were thrown in
+    python -m bench.soak --json                 prints, last, all figures as one JSON object
 
 The faults: the program is killed or stopped (and given the same command again, with --resume auto), its newest
 checkpoint is truncated meanwhile, its engine is killed, its disk is full for a while, a reward raises, hangs, is nan or
@@ -21,7 +23,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from bench.runs import PROJECT
+from bench.runs import PROJECT, at_least
 from checkpoint import by_step, newest
 from searcher import DEATHS
 
@@ -37,9 +39,10 @@ class Soak:
     Args:
         out: its folder.
         seed: of the faults.
+        settings: more, of tba.py.
     """
 
-    def __init__(self, out: Path, seed: int):
+    def __init__(self, out: Path, seed: int, settings: list[str]):
         self.out, self.chance = out, random.Random(seed)
         self.faults: Counter[str] = Counter()
         self.recoveries: Counter[str] = Counter()
@@ -50,7 +53,7 @@ class Soak:
         self.command = [
             *(sys.executable, "tba.py", "--task", TASK, "--resume", "auto", "--out", out, "--steps", 10**6),
             *("--save-every", SAVE_EVERY, "--eval-every", 500, "--eval-prompts", 100, "--reward-timeout", 2),
-            *("--lr-schedule", "constant", "--stall-seconds", 30),
+            *("--lr-schedule", "constant", "--stall-seconds", 30, *settings),
         ]
         self.start()
 
@@ -163,27 +166,28 @@ class Soak:
         }
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--pause", type=float, nargs=2, default=(10.0, 30.0), help="seconds between two faults")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="one JSON object besides, last")
-    arguments = parser.parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    """Throw faults in, print what they cost."""
+    commands = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands.add_argument("--minutes", type=float, default=20.0)
+    commands.add_argument("--faults", type=at_least(1), default=10**6, help="at most")
+    commands.add_argument("--pause", type=float, nargs=2, default=(10.0, 30.0), help="seconds between two faults")
+    commands.add_argument("--seed", type=int, default=0)
+    commands.add_argument("--json", action="store_true", help="print all figures as one JSON object, last")
+    wanted, settings = commands.parse_known_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
-        soak = Soak(Path(folder) / "run", arguments.seed)
-        time.sleep(5)
+        soak = Soak(Path(folder) / "run", wanted.seed, settings)
+        time.sleep(wanted.pause[0] / 2)
         soak.weigh()
-        while time.monotonic() - began < 60 * arguments.minutes:
+        while time.monotonic() - began < 60 * wanted.minutes and soak.faults.total() < wanted.faults:
             soak.throw()
-            time.sleep(soak.chance.uniform(*arguments.pause))
+            time.sleep(soak.chance.uniform(*wanted.pause))
             soak.weigh()
         found = soak.end()
     for name, value in found.items():
         print(f"{name.replace('_', ' '):30} {value}")
-    if arguments.json:
+    if wanted.json:
         print(json.dumps(found))
 
 

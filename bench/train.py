@@ -12,8 +12,8 @@ packed_*            one update (a group of 20 responses; 16 of 16 where it says 
                     the form that the trainer chooses
 utilization         6 x parameters x tokens over the time of an update on 20 x (120 + 512) tokens, as a share of what a
                     large matrix product reaches; reference scores are known. On a GPU with each --optimizer
-peak_gib            at 1.1B with a vocabulary of 150,000, what an update of those tokens takes beside weights, reference
-                    and optimiser state; without a GPU estimated by rehearsal.py
+peak_gib_*          at 1.1B with a vocabulary of 150,000, what an update of those tokens takes beside weights, reference
+                    and optimiser state, by --activation-memory-budget; without a GPU estimated by rehearsal.py
 """
 
 import asyncio
@@ -47,6 +47,7 @@ LENGTHS = {  # prompts a batch, responses each, prompt, mean and standard deviat
 }
 PARTS = "beside", "lengths", "utilization", "memory"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BUDGETS = 1.0, 0.8, 0.4
 WARM = 3  # updates that are not counted
 
 
@@ -135,22 +136,27 @@ def utilization(size: str, repeats: int) -> Iterator[dict[str, float]]:
     yield from found
 
 
-def memory() -> dict[str, float]:
-    """Of an update at 1.1B with a vocabulary of 150,000."""
+def memory(budget: float) -> float:
+    """GiB of an update at 1.1B with a vocabulary of 150,000."""
     config = llama("1.1B", vocab_size=150_000)
     B, K, prompt, length, _ = LENGTHS["long"]
     if DEVICE == "cpu":
-        settings = Config(prompts_per_step=B, responses_per_prompt=K, max_tokens=length)
+        settings = Config(
+            prompts_per_step=B, responses_per_prompt=K, max_tokens=length, activation_memory_budget=budget
+        )
         needs = rehearse(config, settings, prompt, K * (prompt + length), gpu=True)
-        return {"peak_gib_estimated": (needs.policy + needs.activations) / 2**30}
-    trainer = Trainer(config, tb, DEVICE)
+        return (needs.policy + needs.activations) / 2**30
+    torch._dynamo.reset()  # what was compiled for another budget
+    trainer = Trainer(config, tb, DEVICE, activation_memory_budget=budget)
     batch = groups(*LENGTHS["long"], 150_000)
     for _ in range(WARM):
         trainer.update(batch, beta=0.05, lr=0.0)
+    wait()
     held = torch.cuda.memory_allocated()  # gradients are gone
     torch.cuda.reset_peak_memory_stats()
     trainer.update(batch, beta=0.05, lr=0.0)
-    return {"peak_gib": (torch.cuda.max_memory_allocated() - held) / 2**30}
+    wait()
+    return (torch.cuda.max_memory_allocated() - held) / 2**30
 
 
 async def beside(repeats: int, updates: int, settings: list[str]) -> list[dict[str, float]]:
@@ -215,7 +221,8 @@ def main(arguments: list[str] | None = None) -> None:
     if "utilization" in wanted.parts:
         add(utilization(wanted.size, wanted.repeats))
     if "memory" in wanted.parts:
-        add([memory()] * wanted.repeats)
+        name = "peak_gib" if DEVICE == "cuda" else "peak_gib_estimated"
+        add([{f"{name}_{budget}": memory(budget) for budget in BUDGETS}] * wanted.repeats)
     table(found, wanted.json)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench import buffer, overlap, search, start, sync, train, vs_trl
+from bench import buffer, overlap, search, soak, start, sync, train, vs_trl
 from bench.lengths_task import folder
 from bench.session import session
 from tasks import countdown
@@ -69,7 +69,7 @@ def test_the_bench_of_the_trainer(capsys):
     for name in train.LENGTHS:
         assert found[f"chosen_{name}"] in (1.0, found[f"packed_{name}"])
     assert 0 < found["utilization_adamw"] < 1
-    assert 5 < train.memory()["peak_gib_estimated"] < 50
+    assert 5 < train.memory(0.4) < 12
 
 
 def test_the_bench_of_the_buffer(capsys):
@@ -83,10 +83,18 @@ def test_the_bench_of_the_start(embedded):
     assert parts.keys() == {"imports", "policy", "engine", "priming"} and min(parts.values()) > 0
 
 
+def test_the_bench_of_faults(embedded, capsys):
+    soak.main(["--faults", "1", "--pause", "0", "0", "--json", "--model", str(embedded[1]), "--eval-prompts", "8"])
+    found = figures(capsys)
+    assert found["exit_code"] == 143 and found["each_update_once"] and found["updates"] == found["newest_checkpoint"]
+    assert sum(found["recoveries"].values()) == 1
+
+
 def test_a_policy_is_good_once_it_stays_so(monkeypatch):
     """At 0.5 for three evaluations in a row; one that falls below begins anew."""
     policies = [vs_trl.Policy(float(step), step, {}) for step in range(1, 9)]
     accuracy = dict(zip(range(1, 9), (0.3, 0.6, 0.4, 0.5, 0.7, 0.6, 0.2, 0.9), strict=True))
+    monkeypatch.setattr(vs_trl, "SUSTAINED", 3)
     monkeypatch.setattr(vs_trl.Exam, "__init__", lambda self: None)
     monkeypatch.setattr(
         vs_trl.Exam, "__call__", lambda self, policy: {"pass@1": accuracy[policy.step], "distinct": 10.0 * policy.step}
