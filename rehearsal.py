@@ -121,6 +121,12 @@ def rehearse(
         live.peak = 0
         trainer.update(groups, beta=1.0, lr=1.0)
         peak = live.peak
+        if gpu:  # the reference has a stream of its own, whose memory the update cannot use
+            before = live.peak = live.now
+            with torch.no_grad():
+                _, first = next(trainer.packed(groups))
+                trainer.logprobs(trainer.reference, first, config.temperature, config.min_tokens)
+            peak += live.peak - before
         states = trainer.optimizer.state.values()
         moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
         row = torch.zeros(1, 8, dtype=torch.long)

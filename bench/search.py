@@ -6,7 +6,10 @@
 
 Each repeat asks the same engines in turn, with the same problems, sampling and number of sequences in flight: by vLLM's
 own `generate` with the settings that cost it least (`bare`), by the run's search, and by search while the trainer
-updates and publishes on its own cores or GPU. All in generated tokens/s once the engines are full.
+updates and publishes on its own cores or GPU. All in generated tokens/s once the engines are full. The engines have
+worker.py's scheduler in all of them, so that `bare` too is told of a response once; `vllm_defaults` is told of each
+token. Where all responses are of a length they end together: then a measurement should take many times as long as one
+of them.
 
 searcher            search / bare
 beside_training     search beside training / bare

@@ -154,6 +154,8 @@ def memory(budget: float) -> float:
     wait()
     held = torch.cuda.memory_allocated()  # gradients are gone
     torch.cuda.reset_peak_memory_stats()
+    for response in batch[0].responses:
+        response.ref_logprobs = None  # is computed beside
     trainer.update(batch, beta=0.05, lr=0.0)
     wait()
     return (torch.cuda.max_memory_allocated() - held) / 2**30
@@ -196,6 +198,7 @@ def alone(connection, model: str, device: str, cores: set[int], temperature: flo
                     for response in unscored:
                         response.ref_logprobs = None
                     trainer.update(batch, beta=0.05, lr=1e-6)
+                wait()
             rounds = 1
             connection.send(time.perf_counter() - began)
 
