@@ -11,7 +11,7 @@ compiling and evaluating. Every half second the policy is set aside; afterwards 
 800 held-out problems that neither has seen. `seconds` is the clock of the first policy with a pass@1 of 0.50 that those
 of the next two seconds have too; `distinct` is how many different right answers it gives a problem. TRL (in .venv-trl,
 which is made at first) has the settings that were best for it of those tried on 2 cores: see bench/README.md. Ours has
-the same objective and beta.
+the same objective, learning rate and beta.
 
 With --speed a Llama of 1.1B with random weights (--size for another) is trained on 7 x 20 responses at a time, by TRL
 with vLLM colocated: `ours` and `trl` are the responses that are searched and trained on in a second.
@@ -43,7 +43,7 @@ from searcher import Response
 from tasks import countdown
 
 OURS = (
-    *("--steps", "1000000", "--loss", "dr_grpo", "--lr", "3e-4", "--lr-schedule", "constant", "--beta", "0"),
+    *("--steps", "1000000", "--loss", "dr_grpo", "--lr", "4e-4", "--lr-schedule", "constant", "--beta", "0"),
     *("--prompts-per-step", "16", "--responses-per-prompt", "8", "--search-responses", "8"),
     *("--sync-every", "1", "--on-policy-prob", "1", "--prime", "128"),
 )
