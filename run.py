@@ -22,7 +22,7 @@ import os
 import random
 import time
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -415,10 +415,7 @@ class Run:
         groups = self.buffer.sample(config.prompts_per_step, config.responses_per_prompt, config.on_policy_prob)
         at = config.step_at(step, self.log.time)
         beta, lr, gamma = config.beta_at(at), config.lr_at(at), config.gamma_at(at)
-        began = self.log.time
-        with self.log.span("train"):
-            figures = await in_thread(self.train_thread, self.trainer.update, groups, beta, lr, gamma)
-        self.worked += self.log.time - began
+        figures = await self.at_work(self.trainer.update, groups, beta, lr, gamma)
         self.made.append(Update(step, groups, figures, {"lr": lr, "beta": beta, "gamma": gamma}))
         self.step += 1
         self.updated.set()  # who waits for it goes on
@@ -432,11 +429,16 @@ class Run:
         """Record the updates that are done; at most so many may be under way."""
         while self.made and (len(self.made) > under_way or self.made[0].figures.ready):
             if not self.made[0].figures.ready:
-                began = self.log.time
-                with self.log.span("train"):
-                    await in_thread(self.train_thread, self.made[0].figures.wait)
-                self.worked += self.log.time - began
+                await self.at_work(self.made[0].figures.wait)
             self.record(self.made.popleft())
+
+    async def at_work(self, work: Callable, *arguments):
+        """What `in_thread` gives, of the trainer's; its time counts as training."""
+        began = self.log.time
+        with self.log.span("train"):
+            result = await in_thread(self.train_thread, work, *arguments)
+        self.worked += self.log.time - began
+        return result
 
     def count_skipped(self, update: Update) -> None:
         """Count an update that was skipped because its loss or its gradient was not finite, and name its prompts."""
@@ -601,8 +603,8 @@ class Run:
             await self.searcher.load_staging()
         seconds = self.log.time - began
         self.buffer.start_window()
-        expected = await asyncio.to_thread(self.expected.numpy)
-        agreement = await compare(self.searcher, self.probe, expected, self.config.check_sync)
+        # What the policy gives the probe was asked for before the copy was done: it has arrived.
+        agreement = await compare(self.searcher, self.probe, self.expected.numpy(), self.config.check_sync)
         self.last_sync = agreement | {"sync_ms": 1000 * seconds}
 
     # ---- evaluate ----

@@ -73,12 +73,11 @@ class Whole(Scheduler):
             self.asked[request.request_id] = request, []
         super().add_request(request)
 
-    def finish_requests(self, request_ids, finished_status):
-        """End some from outside; all, where none are named."""
-        ended = self.requests if request_ids is None else request_ids
-        for name in [ended] if isinstance(ended, str) else list(ended):
-            self.asked.pop(name, None)
-        return super().finish_requests(request_ids, finished_status)
+    def finish_requests(self, *arguments, **settings):
+        """End responses from outside."""
+        ended = super().finish_requests(*arguments, **settings)
+        self.asked = {name: asked for name, asked in self.asked.items() if name in self.requests}
+        return ended
 
     def update_from_output(self, *arguments, **settings) -> dict[int, EngineCoreOutputs]:
         """What is to be told after a step, by client."""

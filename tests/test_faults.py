@@ -31,7 +31,7 @@ import tasks
 import tba
 import trainer
 from buffer import Buffer, Group, Trajectory
-from checkpoint import by_step, newest
+from checkpoint import Checkpoints, by_step, newest
 from config import Config
 from log import Log
 from loss import OBJECTIVES
@@ -58,31 +58,31 @@ def whole(out) -> list[int]:
 
 
 def test_killed_at_any_moment_it_goes_on(embedded, tmp_path):
-    """While it starts, and while it trains, when its newest checkpoint is truncated too. The same command is given
-    again each time, and stopped at last by SIGTERM."""
+    """While it starts, and twice while it trains; once its newest checkpoint is truncated too. The same command is
+    given again each time, and stopped at last by SIGTERM."""
     out, chance = tmp_path / "run", random.Random()
     command = ("--model", embedded[1], "--out", out, *SHORT, "--save-every", 3, "--keep", 3, "--resume", "auto")
     steps = 0
-    for kill in range(3):
+    for kill in range(4):
         with nothing_is_left(), started(*command) as run:
             if kill == 0:
                 time.sleep(chance.uniform(0.1, 5))
             else:
-                target = rows(out) + chance.randrange(10, 40)  # two checkpoints at least
+                target = rows(out) + chance.randrange(4, 40)
                 wait_for(lambda target=target: rows(out) > target, run)
                 time.sleep(chance.uniform(0, 0.1))
-            run.process.kill() if kill < 2 else run.process.terminate()
+            run.process.kill() if kill < 3 else run.process.terminate()
             run.process.join(30)
-            assert run.process.exitcode == (-signal.SIGKILL if kill < 2 else 143), run.said()
+            assert run.process.exitcode == (-signal.SIGKILL if kill < 3 else 143), run.said()
             assert "Traceback" not in run.said()
-            damaged = kill == 2  # the one before found its checkpoint truncated
+            damaged = kill == 3  # the one before found its checkpoint truncated
             assert (f"step-{steps} is damaged" in run.said()) == damaged, run.said()
             said = run.said()
         saved = newest(out)
         assert kill == 0 or saved
         assert not saved or saved[1]["step"] >= steps - 10 * damaged
         steps = saved[1]["step"] if saved else 0
-        if kill == 1:
+        if kill == 2:
             weights = by_step(out)[steps] / "model.safetensors"
             os.truncate(weights, weights.stat().st_size - 1)
     assert whole(out)[-1] == steps == newest(out)[1]["step"]  # nothing is lost when it is stopped in order
@@ -167,7 +167,13 @@ def test_a_run_survives_what_goes_wrong(embedded, tmp_path, nothing_left, main, 
             super().wait()
             self.ready = True
 
+    def save(self, state, *parts):
+        saved.append((state["step"], rows(out)))
+        return checkpoints_save(self, state, *parts)
+
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    checkpoints_save, saved = Checkpoints.save, []
+    monkeypatch.setattr(Checkpoints, "save", save)
     monkeypatch.setattr(trainer, "Figures", Late)
     monkeypatch.setattr(tasks.load("countdown"), "reward", reward)
     monkeypatch.setitem(OBJECTIVES, "tb", objective)
@@ -186,6 +192,7 @@ def test_a_run_survives_what_goes_wrong(embedded, tmp_path, nothing_left, main, 
     assert not killer.is_alive() and "Traceback" not in done.out + done.err
     steps, found = whole(out), updates_of(out)
 
+    assert saved[0] == (10, 10)  # a checkpoint's updates are in the metrics, or a kill after it would lose them
     assert found[-1]["reward_failures"] == 16 + 16 + 2 + 16
     assert all(math.isfinite(row["batch_reward"]) for row in found)
 
