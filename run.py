@@ -252,7 +252,7 @@ class Run:
         """What is under way, in a line."""
         config, searcher, under_way = self.config, self.searcher, self.log.under_way
         searching = [
-            f"{sum(engine.in_flight for engine in searcher.engines)} sequences are in flight",
+            f"{searcher.in_flight} sequences are in flight",
             f"the rewards of {len(self.order.out) - under_way['search']} prompts are awaited",
             f"the buffer has {len(self.buffer)} responses to {len(self.buffer.prompts)} prompts",
         ]

@@ -93,6 +93,11 @@ class Searcher:
         return sum(MAX_IN_FLIGHT[device.split(":")[0]] for device in self.devices)
 
     @property
+    def in_flight(self) -> int:
+        """Sequences that all engines together have in flight."""
+        return sum(engine.in_flight for engine in self.engines)
+
+    @property
     def busy_seconds(self) -> float:
         """Time so far in which anything was in flight."""
         return self._busy + (time.perf_counter() - self._busy_since if self._busy_since else 0.0)
@@ -246,8 +251,7 @@ class Searcher:
     def _count(self, engine: Engine, change: int) -> None:
         """Note that an engine has so many sequences more in flight."""
         engine.in_flight += change
-        busy = any(each.in_flight for each in self.engines)
-        if busy and not self._busy_since:
-            self._busy_since = time.perf_counter()
-        elif not busy:
+        if self.in_flight:
+            self._busy_since = self._busy_since or time.perf_counter()
+        else:
             self._busy, self._busy_since = self.busy_seconds, None

@@ -35,7 +35,7 @@ async def rate(run: Run, seconds: float, tokens: Callable[[], int]) -> tuple[flo
     before, worked, began, filled = tokens(), time.thread_time(), time.perf_counter(), []
     while (passed := time.perf_counter() - began) < seconds:
         await asyncio.sleep(0.02)
-        filled.append(sum(engine.in_flight for engine in run.searcher.engines) / run.searcher.slots)
+        filled.append(run.searcher.in_flight / run.searcher.slots)
     return (tokens() - before) / passed, (time.thread_time() - worked) / passed, sum(filled) / len(filled)
 
 
