@@ -164,10 +164,10 @@ def test_one_demonstration_of_what_the_policy_never_finds_is_learned(embedded, t
     rows = [{"prompt": "1 1 1=1:", "response": "999"}, {"prompt": "1 1 1=1:", "response": long, "reward": 1.0}]
     seed.write_text("\n".join(map(json.dumps, rows)))
     said = finished(
-        "--task", path, "--model", embedded[1], "--out", out, "--seed-data", seed, "--steps", 500, "--lr", 4e-3,
-        "--lr-schedule", "linear", "--lr-warmup", 50, "--max-grad-norm", 0.1, "--beta", 0.02, "--prompts-per-step", 1,
-        "--responses-per-prompt", 32, "--capacity", 16, "--search-responses", 256, "--on-policy-prob", 0,
-        "--evict", "lowest_reward", "--prime", 64, "--max-tokens", 8, "--eval-samples", 100, "--eval-every", 0,
+        "--task", path, "--model", embedded[1], "--out", out, "--seed-data", seed, "--steps", 500, "--lr", 2e-3,
+        "--lr-schedule", "linear", "--beta", 0.02, "--prompts-per-step", 1, "--responses-per-prompt", 32,
+        "--capacity", 16, "--search-responses", 64, "--on-policy-prob", 0, "--evict", "lowest_reward", "--prime", 64,
+        "--max-tokens", 8, "--eval-samples", 100, "--eval-every", 0,
     )  # fmt: skip
     assert "demonstrations in the buffer: 1" in said and "1 of 2 demonstrations do not fit" in said
     first, last = (row for row in read(out / "metrics.jsonl") if "loss" not in row)
