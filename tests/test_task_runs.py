@@ -6,7 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.runs import PROJECT, command, read
 
@@ -138,41 +140,48 @@ def test_the_task_in_the_readme(make_model, tmp_path, nothing_left, dry, finishe
 
 
 SHOWN = """
-import tasks
-from config import Config
+import asyncio
 
-ANSWERS = {"1 1 1=1:": "999", "2 2 2=2:": "888"}
+import tasks
 
 
 class Task(tasks.Task):
+    groups = 0
+
     def problems(self, split):
-        return [tasks.Problem(prompt) for prompt in ANSWERS][: 1 if split == "train" else 2]
+        return [tasks.Problem("1 1 1=1:")]
 
     async def reward(self, problem, responses):
-        return [float(response.text == ANSWERS[problem.prompt]) for response in responses]
-
-    async def evaluate(self, answers):
-        return {each.problem.prompt: sum(s.reward for s in each.samples) / len(each.samples) for each in answers}
+        self.groups += 1
+        if self.groups > 2:  # the demonstration, and what is found first
+            await asyncio.Event().wait()
+        return [float(response.text == "999") for response in responses]
 """
 
 
 def test_one_demonstration_of_what_the_policy_never_finds_is_learned(embedded, tmp_path, nothing_left, finished):
-    """Two prompts whose right response is never found by itself; one is demonstrated, which every update then has."""
+    """Its log-probability is compared, and nothing that is found later is trained on: what becomes of the policy then
+    depends on how search and training are paced."""
     path, seed, out = tmp_path / "shown.py", tmp_path / "seed.jsonl", tmp_path / "run"
     path.write_text(SHOWN)
     long = "1" * 40
     rows = [{"prompt": "1 1 1=1:", "response": "999"}, {"prompt": "1 1 1=1:", "response": long, "reward": 1.0}]
     seed.write_text("\n".join(map(json.dumps, rows)))
     said = finished(
-        "--task", path, "--model", embedded[1], "--out", out, "--seed-data", seed, "--steps", 500, "--lr", 2e-3,
-        "--lr-schedule", "linear", "--beta", 0.02, "--prompts-per-step", 1, "--responses-per-prompt", 32,
+        "--task", path, "--model", embedded[1], "--out", out, "--seed-data", seed, "--steps", 30, "--lr", 2e-3,
+        "--lr-schedule", "linear", "--beta", 0.02, "--prompts-per-step", 1, "--responses-per-prompt", 16,
         "--capacity", 16, "--search-responses", 64, "--on-policy-prob", 0, "--evict", "lowest_reward", "--prime", 64,
-        "--max-tokens", 8, "--eval-samples", 100, "--eval-every", 0,
+        "--max-tokens", 8, "--eval-prompts", 0,
     )  # fmt: skip
     assert "demonstrations in the buffer: 1" in said and "1 of 2 demonstrations do not fit" in said
-    first, last = (row for row in read(out / "metrics.jsonl") if "loss" not in row)
-    assert first["eval/1 1 1=1:"] == first["eval/2 2 2=2:"] == last["eval/2 2 2=2:"] == 0
-    assert last["eval/1 1 1=1:"] > 0.8
+    tokenizer = AutoTokenizer.from_pretrained(embedded[1])
+    prompt, response = tokenizer("1 1 1=1:").input_ids, [*tokenizer("999").input_ids, tokenizer.eos_token_id]
+    tokens, targets = torch.tensor([[*prompt, *response]]), torch.tensor([[-100] * len(prompt) + response])
+    before, after = (
+        -len(response) * float(AutoModelForCausalLM.from_pretrained(folder)(tokens, labels=targets).loss)
+        for folder in (embedded[1], out / "model")
+    )
+    assert before < -15 and after > -8
 
 
 @pytest.mark.parametrize(
