@@ -20,6 +20,7 @@ from screen import Failure
 MAX_IN_FLIGHT = {"cuda": 512, "cpu": 256}  # sequences of an engine: on CUDA the captured graphs end there
 RANDOM_WEIGHTS = {"cuda": "dummy", "cpu": "unpacked"}  # vLLM's load formats: worker.py has the latter
 SCHEDULER = {"cuda": "worker.WholeAsync", "cpu": "worker.Whole"}
+WHOLE = {"whole": True}  # `extra_args` of sampling parameters: that scheduler is to tell of each response once
 PROGRAM = "TBA_PROGRAM"  # in the environment of engines: the process that they belong to
 CPU_CACHE = 2**30  # bytes of keys and values that an engine on the CPU holds
 CALL_SECONDS = 300  # for an engine to answer a call
@@ -55,10 +56,6 @@ class Engine:
             await self.llm.collective_rpc("load_staging")
 
         await self._unless_it_dies(load())
-
-    async def request(self, prompt: dict, params, name: str, priority: int):
-        """The final output of a request; a lower priority goes first."""
-        return [output async for output in self.llm.generate(prompt, params, name, priority=priority)][-1]
 
     async def died(self) -> None:
         """Return when all who wait for its answers have been told."""

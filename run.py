@@ -142,12 +142,13 @@ class Run:
         self.stopped = 0  # the signal that ended the run
         self.searcher: Searcher | None = None  # until `start`
         self.trainer: Trainer | None = None
-        self.updated = asyncio.Event()  # just now
+        self.went_on = asyncio.Event()  # just now, training or the rewards
         self.published_new = asyncio.Event()  # the staged weights are newer than the engines'
         self.synced = asyncio.Event()  # no sync is under way: the staging tensor may be written
         self.synced.set()
         self.last_sync: dict[str, float] = {}  # figures of the last sync
-        self.held = 0  # coroutines that wait for training before they search
+        self.held = False  # whether search waits for training
+        self.unjudged = 0  # prompts whose responses wait for those of others to be judged
         self.found: list[Trajectory] = []  # by search since the last update
         self.made: deque[Update] = deque()  # that are not yet recorded
         self.worked = 0.0  # seconds that the trainer has worked since the last record
@@ -251,7 +252,7 @@ class Run:
         """What is under way, in a line."""
         config, searcher, under_way = self.config, self.searcher, self.log.under_way
         searching = [
-            f"{sum(engine.in_flight for engine in searcher.engines)} sequences are in flight",
+            f"{searcher.in_flight} sequences are in flight",
             f"the rewards of {len(self.order.out) - under_way['search']} prompts are awaited",
             f"the buffer has {len(self.buffer)} responses to {len(self.buffer.prompts)} prompts",
         ]
@@ -271,46 +272,57 @@ class Run:
     # ---- search ----
 
     async def search(self) -> None:
-        """Keep the engines full: as many prompts at a time as fit, each on its way from a request to the buffer."""
+        """Keep the engines full: the next prompt is searched as soon as they have room for the responses to it."""
+        responses = self.config.search_responses
+        free = asyncio.Semaphore(max(self.searcher.slots, responses))
+
+        async def find_and_keep(prompt_id: int) -> None:
+            self.keep(prompt_id, await self.find(prompt_id, free.release))
+
         async with asyncio.TaskGroup() as group:
-            for _ in range(max(1, self.searcher.slots // self.config.search_responses)):
-                group.create_task(self.search_some(group))
-
-    async def search_some(self, group: asyncio.TaskGroup) -> None:
-        """One prompt after another; while the responses to one are scored, the next is searched."""
-
-        async def judge_and_keep(prompt_id: int, responses: list[Response], version: int) -> None:
-            self.keep(prompt_id, await self.judge(prompt_id, responses, version))
-
-        while True:
-            await self.room()
-            found = await self.search_prompt(next(self.order))
-            await self.scoring.acquire()
-            group.create_task(judge_and_keep(*found)).add_done_callback(lambda _: self.scoring.release())
+            while True:
+                for _ in range(responses):
+                    await free.acquire()
+                await self.room()
+                group.create_task(find_and_keep(next(self.order)))
 
     async def room(self) -> None:
-        """Return when search is not too far ahead of training."""
+        """Return when search is not too far ahead of the rewards, nor of training."""
         config = self.config
         batch = config.prompts_per_step * config.responses_per_prompt
-        self.held += 1
         while True:
             allowed = max(config.prime, batch) + config.search_ahead * batch * (self.step + 1)
-            if not self.primed.is_set() or self.searched + len(self.order.out) * config.search_responses < allowed:
-                break
-            await self.updated.wait()
-        self.held -= 1
+            ahead = self.searched + len(self.order.out) * config.search_responses
+            self.held = self.primed.is_set() and ahead >= allowed
+            if not self.held and self.unjudged * config.search_responses < self.searcher.slots:
+                return
+            await self.went_on.wait()
 
-    async def search_prompt(self, prompt_id: int) -> tuple[int, list[Response], int]:
-        """The prompt, responses to it, and the version of the weights that began them."""
+    async def find(self, prompt_id: int, ended: Callable[[], None] = lambda: None) -> Group | None:
+        """Responses to a prompt, with their rewards. Calls `ended` as each has ended."""
+        responses, version = await self.search_prompt(prompt_id, ended)
+        self.unjudged += 1
+        async with self.scoring:
+            self.unjudged -= 1
+            self.go_on()
+            return await self.judge(prompt_id, responses, version)
+
+    async def search_prompt(self, prompt_id: int, ended: Callable[[], None]) -> tuple[list[Response], int]:
+        """Responses to the prompt, and the version of the weights that began them."""
         config, prompt = self.config, self.prompts[prompt_id]
         temperature = self.rng.uniform(*config.search_temperatures) if config.search_temperatures else None
         seed = self.rng.getrandbits(62) if config.strict else None  # a run can be repeated; it costs the engine time
         with self.log.span("search"):
-            responses, version = await self.searcher.generate(
-                prompt.tokens, config.search_responses, temperature, not config.on_policy, seed
+            found = await self.searcher.generate(
+                prompt.tokens, config.search_responses, temperature, not config.on_policy, seed, ended
             )
         self.watch.saw(RESPONSE)
-        return prompt_id, responses, version
+        return found
+
+    def go_on(self) -> None:
+        """Let search go on that waited for this."""
+        self.went_on.set()
+        self.went_on.clear()
 
     async def judge(self, prompt_id: int, responses: list[Response], version: int) -> Group | None:
         """The responses with their rewards; those whose reward fails are dropped."""
@@ -382,14 +394,11 @@ class Run:
         """Search B prompts, update the policy on what was found, sync, and so on: nothing at the same time."""
         self.recorded = self.log.time, self.searcher.busy_seconds
 
-        async def find(prompt_id: int) -> Group | None:
-            return await self.judge(*await self.search_prompt(prompt_id))
-
         while not self.config.ended(self.step, self.log.time):
             self.buffer.start_window()
             while missing := self.config.prompts_per_step - len(self.buffer.arrived):  # more than once if rewards fail
                 async with asyncio.TaskGroup() as group:
-                    turn = [(i, group.create_task(find(i))) for i in itertools.islice(self.order, missing)]
+                    turn = [(i, group.create_task(self.find(i))) for i in itertools.islice(self.order, missing)]
                 for prompt_id, found in turn:  # in their order, so that a run can be repeated
                     self.keep(prompt_id, found.result())
             await whole(self.update())
@@ -418,8 +427,7 @@ class Run:
         figures = await self.at_work(self.trainer.update, groups, beta, lr, gamma)
         self.made.append(Update(step, groups, figures, {"lr": lr, "beta": beta, "gamma": gamma}))
         self.step += 1
-        self.updated.set()  # who waits for it goes on
-        self.updated.clear()
+        self.go_on()
         await self.settle(under_way=1)
         if config.save_every and (self.step % config.save_every == 0 or self.evaluation_due):
             await self.settle()
@@ -475,7 +483,7 @@ class Run:
             "reward_failures": self.scorer.failures,
             "skipped": self.skipped,
             "engine_restarts": self.searcher.restarts,
-            "search_held": self.held,
+            "search_held": int(self.held),
             "search_tokens_per_s": sum(len(t.tokens) for t in found) / passed,
             "train_tokens_per_s": figures["tokens"] / passed,
             "search_idle": max(0.0, 1 - (busy_now - busy) / passed),

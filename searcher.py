@@ -1,13 +1,12 @@
 """The searcher: vLLM engines that share the requests, take new weights, and are replaced when they die.
 
-One request a prompt with n responses, its final output only, no detokenising, and no log-probabilities unless the
+One request a prompt with n responses, each told of once, no detokenising, and no log-probabilities unless the
 objective reads them: then the event loop, which shares its process with the trainer, stays idle. The policy's engines
 never read weights from a file: they start with random ones and take the trainer's (weights.py), so that what they
 sample from is what is trained.
 """
 
 import asyncio
-import contextlib
 import itertools
 import math
 import time
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine import MAX_IN_FLIGHT, Engine, Launcher
+from engine import MAX_IN_FLIGHT, WHOLE, Engine, Launcher
 from screen import Failure, say
 
 if TYPE_CHECKING:
@@ -94,6 +93,11 @@ class Searcher:
         return sum(MAX_IN_FLIGHT[device.split(":")[0]] for device in self.devices)
 
     @property
+    def in_flight(self) -> int:
+        """Sequences that all engines together have in flight."""
+        return sum(engine.in_flight for engine in self.engines)
+
+    @property
     def busy_seconds(self) -> float:
         """Time so far in which anything was in flight."""
         return self._busy + (time.perf_counter() - self._busy_since if self._busy_since else 0.0)
@@ -105,12 +109,12 @@ class Searcher:
         temperature: float | None = None,
         logprobs: bool = False,
         seed: int | None = None,
+        ended: Callable[[], None] = lambda: None,
     ) -> tuple[list[Response], int]:
         """n responses to a prompt's tokens, on request with log-probabilities, at another temperature (0: greedy) or
-        with a seed of their own; and the version of the weights that began them."""
+        with a seed of their own; and the version of the weights that began them. Calls `ended` as each has ended."""
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
-        from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
             n=n,
@@ -122,28 +126,37 @@ class Searcher:
             logprobs=0 if logprobs else None,  # 0 others beside the token's own
             flat_logprobs=True,
             detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args=WHOLE,
         )
-        tokens = np.asarray(prompt).tolist()
+        tokens, told = np.asarray(prompt).tolist(), 0
 
         async def ask(engine: Engine):
-            version = engine.version
+            nonlocal told
+            version, responses = engine.version, []
             # Salted with the version, the prefix cache never serves keys and values of older weights.
             salted = tokens_input(tokens, cache_salt=str(version))
-            with self._in_flight(engine, n):
-                output = await engine.request(salted, params, self._name(), priority=0)
-            if any(each.finish_reason not in ("stop", "length") for each in output.outputs):
+            self._count(engine, n)
+            try:
+                async for output in engine.llm.generate(salted, params, self._name()):
+                    responses += output.outputs
+                    self._count(engine, -len(output.outputs))
+                    while told < len(responses):  # where an engine died some have been told already
+                        told += 1
+                        ended()
+            finally:
+                self._count(engine, len(responses) - n)
+            if any(each.finish_reason not in ("stop", "length") for each in responses):
                 raise RuntimeError("vLLM cut a response short")
-            return output, version
+            return sorted(responses, key=lambda each: each.index), version
 
-        output, version = await self._ask(ask)
+        responses, version = await self._ask(ask)
         return [
             Response(
                 np.array(each.token_ids, dtype=np.int32),
                 each.finish_reason != "length",
                 np.array(each.logprobs.logprobs, dtype=np.float32) if logprobs else None,
             )
-            for each in output.outputs
+            for each in responses
         ], version
 
     async def prompt_logprobs(self, tokens: Sequence[int] | np.ndarray) -> list[tuple[Engine, np.ndarray]]:
@@ -158,7 +171,8 @@ class Searcher:
         tokens = np.asarray(tokens).tolist()
 
         async def ask(engine: Engine) -> tuple[Engine, np.ndarray]:
-            output = await engine.request(tokens_input(tokens), params, self._name(), priority=-1)
+            requested = engine.llm.generate(tokens_input(tokens), params, self._name(), priority=-1)
+            (output,) = [output async for output in requested]
             rows = zip(tokens[1:], output.prompt_logprobs[1:], strict=True)
             return engine, np.array([row[token].logprob for token, row in rows])
 
@@ -234,13 +248,10 @@ class Searcher:
     def _name(self) -> str:
         return str(next(self.requests))
 
-    @contextlib.contextmanager
-    def _in_flight(self, engine: Engine, n: int) -> Iterator[None]:
-        self._busy_since = self._busy_since or time.perf_counter()
-        engine.in_flight += n
-        try:
-            yield
-        finally:
-            engine.in_flight -= n
-            if not any(e.in_flight for e in self.engines):
-                self._busy, self._busy_since = self.busy_seconds, None
+    def _count(self, engine: Engine, change: int) -> None:
+        """Note that an engine has so many sequences more in flight."""
+        engine.in_flight += change
+        if self.in_flight:
+            self._busy_since = self._busy_since or time.perf_counter()
+        else:
+            self._busy, self._busy_since = self.busy_seconds, None

@@ -13,14 +13,13 @@ import torch
 import torch.multiprocessing  # teaches ForkingPickler CUDA tensors
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
-from vllm.sampling_params import RequestOutputKind
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import LogprobsLists
 from vllm.v1.request import Request
 
-from engine import die_with_parent
+from engine import WHOLE, die_with_parent
 from weights import view
 
 
@@ -57,7 +56,7 @@ class StagingReader:
 
 
 class Whole(Scheduler):
-    """vLLM's scheduler, which tells of a response once, when it has ended, where nobody asks for more.
+    """vLLM's scheduler, which tells of a response once, when it has ended, where `engine.WHOLE` asks for that.
 
     vLLM sends each token by itself to the process that asked, which puts them together: for the event loop the work of
     as many messages as there are tokens, and with log-probabilities of three arrays in each.
@@ -69,7 +68,7 @@ class Whole(Scheduler):
 
     def add_request(self, request: Request) -> None:
         """Let a response be generated."""
-        if request.sampling_params and request.sampling_params.output_kind == RequestOutputKind.FINAL_ONLY:
+        if request.sampling_params and request.sampling_params.extra_args == WHOLE:
             self.asked[request.request_id] = request, []
         super().add_request(request)
 

@@ -4,16 +4,17 @@
     python -m bench.search --task gsm8k --model DIR    another task or model: all settings of tba.py
     python -m bench.search --json               prints, last, all figures as one JSON object
 
-Each repeat asks the same engines in turn, with the same problems, sampling and number of sequences in flight: by vLLM's
-own `generate` with the settings that cost it least (`bare`), by the run's search, and by search while the trainer
-updates and publishes on its own cores or GPU. All in generated tokens/s once the engines are full. The engines have
-worker.py's scheduler in all of them, so that `bare` too is told of a response once; `vllm_defaults` is told of each
-token. Where all responses are of a length they end together: then a measurement should take many times as long as one
-of them.
+Each repeat asks the same engines in turn, with the same problems and sampling: by vLLM's own `generate` with the
+settings that cost it least, twice as many sequences as fit in flight (`bare`), by the run's search, and by search while
+the trainer updates and publishes on its own cores or GPU. All in generated tokens/s once the engines are full. They
+have worker.py's scheduler in all of them, so that `bare` too is told of a response once; `vllm_defaults` is told of
+each token. Where all responses are of a length they end together: then a measurement should take many times as long
+as one of them.
 
 searcher            search / bare
 beside_training     search beside training / bare
 vllm_defaults       vLLM's own with its defaults (text made, each token told as it comes) / bare
+filled              share of the sequences that the engines can have in flight which the searcher has, during search
 loop, loop_beside   cores that the event loop takes during search, alone and beside training
 """
 
@@ -25,15 +26,17 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 from bench.runs import parser, table
 from bench.session import searching, session, training
+from engine import WHOLE
 from run import Run
 
 
-async def rate(seconds: float, tokens: Callable[[], int]) -> tuple[float, float]:
-    """(tokens/s, cores that this thread takes) for so many seconds."""
-    before, worked, began = tokens(), time.thread_time(), time.perf_counter()
-    await asyncio.sleep(seconds)
-    passed = time.perf_counter() - began
-    return (tokens() - before) / passed, (time.thread_time() - worked) / passed
+async def rate(run: Run, seconds: float, tokens: Callable[[], int]) -> tuple[float, float, float]:
+    """(tokens/s, cores that this thread takes, share of the engines' slots that the searcher fills) for so long."""
+    before, worked, began, filled = tokens(), time.thread_time(), time.perf_counter(), []
+    while (passed := time.perf_counter() - began) < seconds:
+        await asyncio.sleep(0.02)
+        filled.append(run.searcher.in_flight / run.searcher.slots)
+    return (tokens() - before) / passed, (time.thread_time() - worked) / passed, sum(filled) / len(filled)
 
 
 names = itertools.count()  # of requests, never the same twice
@@ -61,7 +64,7 @@ async def bare(run: Run, **settings) -> AsyncIterator[Callable[[], int]]:
                 responses += len(ended)
             run.order.done(problem)
 
-    tasks = [asyncio.create_task(ask()) for _ in range(max(1, run.searcher.slots // n))]
+    tasks = [asyncio.create_task(ask()) for _ in range(max(1, 2 * run.searcher.slots // n))]  # some of them wait
     try:
         while responses < run.searcher.slots:
             await asyncio.sleep(0.002)
@@ -92,17 +95,15 @@ def counted(run: Run) -> Iterator[Callable[[], int]]:
 
 async def repeat(run: Run, seconds: float) -> dict[str, float]:
     """Generated tokens/s, each way, and what of it is left."""
-    from vllm.sampling_params import RequestOutputKind
-
-    async with bare(run, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY) as tokens:
-        fastest, _ = await rate(seconds, tokens)
+    async with bare(run, detokenize=False, extra_args=WHOLE) as tokens:
+        fastest, *_ = await rate(run, seconds, tokens)
     async with searching(run):
         with counted(run) as tokens:
-            search, loop = await rate(seconds, tokens)
+            search, loop, filled = await rate(run, seconds, tokens)
             async with training(run):
-                beside, loop_beside = await rate(seconds, tokens)
+                beside, loop_beside, _ = await rate(run, seconds, tokens)
     async with bare(run) as tokens:
-        defaults, _ = await rate(seconds, tokens)
+        defaults, *_ = await rate(run, seconds, tokens)
     return {
         "bare": fastest,
         "search": search,
@@ -110,6 +111,7 @@ async def repeat(run: Run, seconds: float) -> dict[str, float]:
         "searcher": search / fastest,
         "beside_training": beside / fastest,
         "vllm_defaults": defaults / fastest,
+        "filled": filled,
         "loop": loop,
         "loop_beside": loop_beside,
     }

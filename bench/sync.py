@@ -24,6 +24,7 @@ import torch
 from bench.runs import parser, table
 from bench.search import bare, names
 from bench.session import session
+from engine import WHOLE
 from run import Run, in_thread
 
 SYNCS = 5  # in each repeat
@@ -64,7 +65,7 @@ async def stalls(run: Run, count: int) -> list[float]:
                 arrivals.append(time.perf_counter())
 
     found = []
-    async with bare(run, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY):
+    async with bare(run, detokenize=False, extra_args=WHOLE):
         task = asyncio.create_task(stream())
         await seen(arrivals, 20)
         for _ in range(count):

@@ -40,7 +40,7 @@ def test_benches_of_a_run(embedded, few_problems, monkeypatch, capsys, nothing_l
                 alternately = each["search alternately"] + each["train alternately"]
                 assert each["speedup"] == pytest.approx(alternately / each["together"])
             assert found["speedup"] == pytest.approx(sum(each["speedup"] for each in found["repeats"]) / 2)
-            await search.main(["--repeats", "1", "--seconds", "0.5", "--json"])
+            await search.main(["--repeats", "1", "--seconds", "2", "--json"])
             found = figures(capsys)
             assert found["searcher"] == found["search"] / found["bare"] > 0 and 0 < found["loop"] < 1
             monkeypatch.setattr(sync, "SYNCS", 1)

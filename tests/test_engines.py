@@ -72,7 +72,10 @@ def test_engine_and_trainer_agree_after_a_sync(make_model, tokenizer, tmp_path, 
                     weight.add_(0.05 * torch.randn_like(weight))
             second = trainer.probe(tokens).numpy()
             assert np.abs(second - first).max() > 0.1  # or nothing is shown
-            running = asyncio.create_task(searcher.generate(prompt, 200))
+            in_flight = []  # where each of them ends
+            running = asyncio.create_task(
+                searcher.generate(prompt, 200, ended=lambda: in_flight.append(searcher.engines[0].in_flight))
+            )
             await asyncio.sleep(0.01)
             trainer.publish(prompt, 7)
             assert searcher.engines[0].in_flight == 200
@@ -81,6 +84,8 @@ def test_engine_and_trainer_agree_after_a_sync(make_model, tokenizer, tmp_path, 
             assert difference(await searcher.prompt_logprobs(tokens), second) < 1e-4
             responses, version = await running  # what was in flight went on
             assert len(responses) == 200 and version == 0
+            assert len(in_flight) == 200 and in_flight[-1] == searcher.engines[0].in_flight == 0
+            assert in_flight[0] > 0  # each is told of when it has ended, not all at the end
             params = SamplingParams(max_tokens=3, ignore_eos=True)
             told.clear()
             async for _ in searcher.engines[0].llm.generate(tokens_input(tokens.tolist()), params, "streamed"):

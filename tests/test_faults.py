@@ -306,6 +306,7 @@ def test_search_waits_where_it_is_far_ahead(embedded, few_problems):
     """Of 256 responses in an update, 2 times as many may be found for each, and 64 to begin with."""
     config = tba.parse(["--model", str(embedded[1]), "--search-ahead", "2", "--prime", "300"])
     run = tba.Run(config)
+    run.searcher, run.log = Searcher(["cpu"], 1.0, 1), SimpleNamespace(under_way=Counter(search=1))
 
     async def check() -> None:
         run.searched = 10**6
@@ -316,13 +317,19 @@ def test_search_waits_where_it_is_far_ahead(embedded, few_problems):
         next(run.order)  # what is in flight counts
         waiting = asyncio.create_task(run.room())
         await asyncio.sleep(0.01)
-        assert not waiting.done() and run.held == 1
-        run.searcher, run.log = Searcher([], 1.0, 1), SimpleNamespace(under_way=Counter(search=1))
+        assert not waiting.done() and run.held
         assert "search waits for training (--search-ahead)" in run.awaited()
         run.step += 1
-        run.updated.set(), run.updated.clear()
+        run.go_on()
         await asyncio.wait_for(waiting, 1)
-        assert run.held == 0
+        assert not run.held
+        run.unjudged = 16  # prompts, to which there are as many responses as an engine has in flight
+        waiting = asyncio.create_task(run.room())
+        await asyncio.sleep(0.01)
+        assert not waiting.done() and not run.held
+        run.unjudged -= 1
+        run.go_on()
+        await asyncio.wait_for(waiting, 1)
 
     asyncio.run(check())
 

@@ -84,6 +84,15 @@ def test_search_and_training_are_busy_in_the_same_seconds(short_run):
     assert sum(inside) > 0.9 * len(updates)
 
 
+def test_a_prompt_is_searched_as_soon_as_there_is_room_for_its_responses(short_run):
+    """256 are in flight, 16 to a prompt: more than 16 prompts are searched where some of their responses have ended."""
+    changes = sorted(
+        (at, change) for begin, end in spans(short_run[0], "search") for at, change in ((begin, 1), (end, -1))
+    )
+    at_a_time = list(itertools.accumulate(change for _, change in changes))
+    assert 16 < max(at_a_time) < 256
+
+
 def test_updates_go_on_while_a_sync_is_under_way(short_run):
     out, _ = short_run
     syncs, updates = spans(out, "sync"), spans(out, "train")
