@@ -10,10 +10,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
-
-from tqdm import tqdm
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -70,9 +69,7 @@ def nothing_is_left() -> Iterator[None]:
         time.sleep(0.2)
         left = processes() - before[0] or shared_memory() - before[1]
         empty = 0 if left else empty + 1
-        # What a test beside this one kills leaves its semaphores until that test's program ends.
-        semaphores = all(str(each).startswith("sem.mp-") for each in left)
-        assert not left or time.monotonic() < ended + (150 if semaphores else 10), left
+        assert not left or time.monotonic() < ended + 10, left
 
 
 @contextlib.contextmanager
@@ -93,10 +90,11 @@ forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload(
     ["tests.runs", "tba", "trainer", "weights", "models", "tyro", "vllm.v1.engine.async_llm", "vllm.engine.arg_utils"]
 )
-tqdm.get_lock()  # those that are forked share it: else each that is killed leaves one until Python's tracker ends
 
 
 def _run(arguments: list[str], printed: str) -> None:
+    # A tracker of its own, as any program has: what it leaves when it is killed would else stay until these tests end.
+    resource_tracker._resource_tracker._fd = resource_tracker._resource_tracker._pid = None
     file = os.open(printed, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1), os.dup2(file, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
