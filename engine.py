@@ -1,4 +1,8 @@
-"""vLLM engines: each a process that is started, asked, given weights, and ended."""
+"""vLLM engines: each a process that is started, asked, given weights, and ended.
+
+On a GPU vLLM spawns it. On the CPU it is forked from a process that has imported vLLM, which takes four times as long
+as starting does, beside what else this one had to do; it inherits what a spawned one would.
+"""
 
 import asyncio
 import contextlib
@@ -8,9 +12,13 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 from collections.abc import Awaitable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.forkserver import _forkserver, ensure_running
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +29,8 @@ MAX_IN_FLIGHT = {"cuda": 512, "cpu": 256}  # sequences of an engine: on CUDA the
 RANDOM_WEIGHTS = {"cuda": "dummy", "cpu": "unpacked"}  # vLLM's load formats: worker.py has the latter
 SCHEDULER = {"cuda": "worker.WholeAsync", "cpu": "worker.Whole"}
 WHOLE = {"whole": True}  # `extra_args` of sampling parameters: that scheduler is to tell of each response once
-PROGRAM = "TBA_PROGRAM"  # in the environment of engines: the process that they belong to
+PROGRAM = "TBA_PROGRAM"  # in the environment of what is started for engines: the process that started it
+AHEAD = ["engine", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker", "worker"]  # is imported before engines fork
 CPU_CACHE = 2**30  # bytes of keys and values that an engine on the CPU holds
 CALL_SECONDS = 300  # for an engine to answer a call
 
@@ -126,6 +135,8 @@ class Launcher:
             return sum("Engine" in each.name for each in set(multiprocessing.active_children()) - before)
 
         confined = self.cores if "cpu" in devices else None
+        if confined:
+            import_ahead()
         async with spawning:
             with _environment(confined, self.threads), _output_to(self.log):
                 printed = self.log.stat().st_size
@@ -143,7 +154,7 @@ class Launcher:
                 reason = self._reason(printed) or " ".join(str(error).split())
                 raise Failure(f"vLLM gave up on {device}: {reason}") from error
         engines = [start.result() for start in starts]
-        await asyncio.gather(*(engine.call("belong") for engine in engines))
+        await asyncio.gather(*(engine.call("ignore_signals") for engine in engines))
         return engines
 
     def end(self) -> None:
@@ -152,6 +163,8 @@ class Launcher:
         while wait(self.starts, timeout=0.1).not_done:
             for starting in multiprocessing.active_children():
                 starting.kill()
+            if importing := vars(_forkserver)["_forkserver_pid"]:
+                os.kill(importing, signal.SIGKILL)
         for engine in [start.result() for start in self.starts if not start.exception()]:
             engine.end()
             engine.llm = None  # or it is shut down once more when the interpreter has gone
@@ -159,6 +172,7 @@ class Launcher:
 
     def _start(self, device: str, number: int) -> Engine:
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine import utils
         from vllm.v1.engine.async_llm import AsyncLLM
 
         if self.ending:
@@ -168,6 +182,7 @@ class Launcher:
             memory = self.memory.get(device)
             settings = dict(dtype="bfloat16", device_ids=[int(index or 0)], gpu_memory_utilization=memory)
         else:
+            utils.get_mp_context = Forking
             # What starts fastest: one process beside this one, nothing compiled. Compiling gains less than it takes.
             settings = dict(
                 dtype="float32",
@@ -211,12 +226,60 @@ class Launcher:
         return f"{known[-1]}{helps}; all that it printed is in {self.log}"
 
 
-def die_with_parent() -> None:
-    """Let Linux end this process when the program that started it ends, however that does; or at once, if it has."""
+class Forked(ForkServerProcess):
+    """A process that is forked from the one that `import_ahead` started."""
+
+    inherited: tuple[dict[str, str], set[int], Any]
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"inherited": (dict(os.environ), os.sched_getaffinity(0), DupFd(1))}
+
+    def run(self) -> None:
+        """What it is for, with environment, cores and output of the thread that started it."""
+        import torch
+
+        environment, cores, output = self.inherited
+        belong()
+        changed = environment.items() - os.environ.items()  # alone: that of the rest is where the process's title goes
+        os.environ.update(dict(changed) | {PROGRAM: os.environ[PROGRAM]})
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        file = output.detach()
+        os.dup2(file, 1), os.dup2(file, 2)
+        super().run()
+
+
+class Forking(ForkServerContext):
+    """Where vLLM gets its processes from."""
+
+    Process = Forked
+
+
+def import_ahead() -> None:
+    """Begin to import what engines on the CPU need, in a process of its own, which ends with the thread that asks.
+
+    It has one thread, so that nothing is lost when it forks.
+    """
+    multiprocessing.set_forkserver_preload(AHEAD)
+    cores = os.sched_getaffinity(0)
+    with _environment(cores, len(cores)), _output_to(Path(os.devnull)):
+        ensure_running()
+
+
+def belong() -> None:
+    """Let Linux end this process when the one that started it ends, however that does; or at once, if it has."""
     PR_SET_PDEATHSIG = 1  # sent when the thread that started this process ends
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(os.environ.get(PROGRAM, os.getppid())):
         os._exit(1)
+    os.environ[PROGRAM] = str(os.getpid())  # for those that it starts
+    ignore_signals()
+
+
+def ignore_signals() -> None:
+    """Leave Ctrl-C and SIGTERM, which are sent to all, to the program, which ends its engines in order."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -230,6 +293,7 @@ def _environment(cores: set[int] | None, engines: int) -> Iterator[None]:
         wanted |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # allows the executor "uni" on the CPU
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "PYTHONPATH": os.pathsep.join(sys.path),  # for what is imported ahead, whatever the folder
             "OMP_NUM_THREADS": str(max(1, len(cores) // engines)),
         }
     saved = {name: os.environ.get(name) for name in wanted}
@@ -256,3 +320,7 @@ def _output_to(path: Path) -> Iterator[None]:
             os.dup2(saved[1], 2)
             os.close(saved[0])
             os.close(saved[1])
+
+
+if PROGRAM in os.environ:  # this is a process that is started for engines
+    belong()

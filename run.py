@@ -35,6 +35,7 @@ import tasks
 from buffer import EVICTION, NEAR_DUPLICATE, REPLAY, Buffer, Group, Trajectory
 from config import Config, begun
 from data import Order, Prompt, demonstrations, encode
+from engine import import_ahead
 from log import Log
 from loss import OBJECTIVES
 from machine import confined, cores, devices, engine_memory, pin
@@ -83,6 +84,10 @@ class Run:
         for chatty in ("torchao", "torch.utils._pytree"):  # where torchao is installed
             logging.getLogger(chatty).setLevel(logging.ERROR)
         with clock("importing PyTorch and transformers", leave=False):
+            self.train_device, self.search_devices = devices(config.train_device, config.search_devices)
+            if "cpu" in self.search_devices and not config.dry_run and not config.plan:
+                import_ahead()  # beside what comes now, which takes as long
+
             from transformers.utils.logging import disable_progress_bar
 
             from trainer import load_tokenizer
@@ -91,7 +96,6 @@ class Run:
 
         self.config, kind = config, tasks.load(config.task)
         self.out = Path(config.out or f"runs/{Path(config.task).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
-        self.train_device, self.search_devices = devices(config.train_device, config.search_devices)
         if self.train_device == "cpu" and config.activation_memory_budget != 1:
             budget = config.activation_memory_budget
             raise ValueError(

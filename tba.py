@@ -19,11 +19,6 @@ import sys
 import time
 import traceback
 
-from engine import PROGRAM, die_with_parent
-
-if PROGRAM in os.environ:  # an engine's process, which imports what its program was started with
-    die_with_parent()
-
 import report
 from checkpoint import by_step
 from config import parse
@@ -90,6 +85,7 @@ def main() -> int:
 async def interruptible(run: Run) -> None:
     """The run. The first Ctrl-C or SIGTERM ends it in order, the second at once."""
     loop, task, began = asyncio.get_running_loop(), asyncio.current_task(), 0.0
+    stderr = os.dup(2)  # while engines are started it leads to their log
 
     def stop(number: int, _) -> None:
         nonlocal began
@@ -99,7 +95,8 @@ async def interruptible(run: Run) -> None:
             run.stopped, began = number, time.monotonic()
             with contextlib.suppress(OSError):  # not by `say`, which this may have interrupted
                 os.write(
-                    2, b"\nstopping: the update under way ends, and a checkpoint is saved; once more ends at once\n"
+                    stderr,
+                    b"\nstopping: the update under way ends, and a checkpoint is saved; once more ends at once\n",
                 )
             loop.call_soon_threadsafe(task.cancel)
 
@@ -109,6 +106,7 @@ async def interruptible(run: Run) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        os.close(stderr)
 
 
 def first_cause(error: BaseException) -> BaseException:

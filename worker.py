@@ -4,7 +4,6 @@ vLLM imports this there, and nobody else does: `StagingReader` is its `worker_ex
 its `scheduler_cls`, and `Unpacked` its load format "unpacked".
 """
 
-import signal
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -19,7 +18,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import LogprobsLists
 from vllm.v1.request import Request
 
-from engine import WHOLE, die_with_parent
+import engine
 from weights import view
 
 
@@ -29,11 +28,9 @@ class StagingReader:
     device: torch.device  # the worker's own
     model_runner: Any
 
-    def belong(self) -> None:
-        """End with the program, however it ends, and not before."""
-        die_with_parent()
-        for number in (signal.SIGINT, signal.SIGTERM):  # are the program's, which ends its engines in order
-            signal.signal(number, signal.SIG_IGN)
+    def ignore_signals(self) -> None:
+        """Leave them to the program; vLLM has set handlers of its own meanwhile."""
+        engine.ignore_signals()
 
     def open_staging(self, handle: dict) -> None:
         """Open the trainer's staging tensor."""
@@ -68,7 +65,7 @@ class Whole(Scheduler):
 
     def add_request(self, request: Request) -> None:
         """Let a response be generated."""
-        if request.sampling_params and request.sampling_params.extra_args == WHOLE:
+        if request.sampling_params and request.sampling_params.extra_args == engine.WHOLE:
             self.asked[request.request_id] = request, []
         super().add_request(request)
 

@@ -23,6 +23,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
+
 from bench.runs import PROJECT, at_least
 from checkpoint import by_step, newest
 from searcher import DEATHS
@@ -88,19 +90,18 @@ class Soak:
 
     def engine(self) -> int:
         """The process of its engine; 0: there is none."""
-        for status in Path("/proc").glob("[0-9]*/status"):
-            with contextlib.suppress(OSError):
-                fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
-                if int(fields["PPid"]) == self.process.pid and "Engine" in fields["Name"]:
-                    return int(fields["Pid"])
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                if "Engine" in process.name():
+                    return process.pid
         return 0
 
     def weigh(self) -> None:
         """Note how much memory it has."""
 
         def resident(process: int) -> float:
-            with contextlib.suppress(OSError):
-                return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+            with contextlib.suppress(psutil.NoSuchProcess):
+                return psutil.Process(process).memory_info().rss / 2**20
             return 0.0
 
         self.memory.append((resident(self.process.pid), resident(self.engine())))

@@ -9,10 +9,13 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
+from multiprocessing.forkserver import _forkserver
 from pathlib import Path
 from types import SimpleNamespace
+
+import engine
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -25,6 +28,7 @@ FEWER = {"train": 1000, "test": 200}  # Countdown's problems, to make which take
 
 MARK = f"TBA_TEST={os.getpid()}"  # in the environment of what these tests start, and of what that starts
 os.environ.update([MARK.split("="), ("SPT_NOENV", "1")])  # vLLM's process titles would overwrite it otherwise
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # as the command sets it, for what is imported ahead
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for torch: as many tests run side by side as there are cores
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # its workers would outlive a run in this process
 
@@ -37,11 +41,11 @@ def read_of_processes(name: str) -> Iterator[tuple[int, bytes]]:
 
 
 def processes() -> set[int]:
-    """The processes that these tests started and those started by them, but not Python's own: its tracker of shared
-    memory, and what `started` forks from."""
+    """The processes that these tests started and those started by them, but not Python's trackers of shared memory,
+    nor what is forked from in this process."""
     marked = {process for process, environment in read_of_processes("environ") if MARK.encode() in environment}
-    own = b"multiprocessing.resource_tracker", b"multiprocessing.forkserver"
-    return marked - {process for process, command in read_of_processes("cmdline") if any(o in command for o in own)}
+    trackers = {process for process, command in read_of_processes("cmdline") if b"resource_tracker" in command}
+    return marked - trackers - {vars(_forkserver)["_forkserver_pid"]}
 
 
 def shared_memory() -> set[str]:
@@ -72,13 +76,20 @@ def nothing_is_left() -> Iterator[None]:
         assert not left or time.monotonic() < ended + 10, left
 
 
+def forked(target: Callable, *arguments) -> multiprocessing.Process:
+    """A process that does this, forked from one that has imported everything."""
+    engine.import_ahead()
+    process = forkserver.Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
 @contextlib.contextmanager
 def started(*arguments) -> Iterator[SimpleNamespace]:
     """The command in a process of its own, forked from one that has imported everything, which spares 8 seconds; has
     `process`, and `said()`, what it printed so far. It hears Ctrl-C, which shells silence in the background."""
     with tempfile.NamedTemporaryFile("r+") as printed:
-        process = forkserver.Process(target=_run, args=([*map(str, arguments)], printed.name))
-        process.start()
+        process = forked(_run, [*map(str, arguments)], printed.name)
         try:
             yield SimpleNamespace(process=process, said=lambda: Path(printed.name).read_text(errors="replace"))
         finally:
@@ -87,9 +98,7 @@ def started(*arguments) -> Iterator[SimpleNamespace]:
 
 
 forkserver = multiprocessing.get_context("forkserver")
-forkserver.set_forkserver_preload(
-    ["tests.runs", "tba", "trainer", "weights", "models", "tyro", "vllm.v1.engine.async_llm", "vllm.engine.arg_utils"]
-)
+engine.AHEAD += ["tests.runs", "tba", "trainer", "weights", "models", "tyro", "vllm.v1.engine.async_llm"]
 
 
 def _run(arguments: list[str], printed: str) -> None:
@@ -98,6 +107,8 @@ def _run(arguments: list[str], printed: str) -> None:
     file = os.open(printed, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1), os.dup2(file, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ.pop(engine.PROGRAM)
     import tba
     from tasks import countdown
 

@@ -18,7 +18,7 @@ from config import Config
 from loss import tb
 from optimizer import OPTIMIZERS
 from rehearsal import Needs, batch, rehearse
-from tests.runs import forkserver
+from tests.runs import forked, forkserver
 from trainer import Trainer
 
 GIB = 2**30
@@ -90,7 +90,7 @@ def measured():
     answers = {}
     for shape in SHAPES:
         answers[shape], end = forkserver.Pipe(duplex=False)
-        forkserver.Process(target=measure, args=(shape, end)).start()
+        forked(measure, shape, end)
         end.close()
     return {shape: answer.recv() for shape, answer in answers.items()}
 
