@@ -293,7 +293,8 @@ def _environment(cores: set[int] | None, engines: int) -> Iterator[None]:
         wanted |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # allows the executor "uni" on the CPU
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "PYTHONPATH": os.pathsep.join(sys.path),  # for what is imported ahead, whatever the folder
+            "PYTHONPATH": os.pathsep.join(sys.path),  # what is imported ahead is what this process would import,
+            "PYTHONSAFEPATH": "1",  # and not what the current folder may have by the same name
             "OMP_NUM_THREADS": str(max(1, len(cores) // engines)),
         }
     saved = {name: os.environ.get(name) for name in wanted}

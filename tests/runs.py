@@ -88,10 +88,11 @@ def forked(target: Callable, *arguments) -> multiprocessing.Process:
 def started(*arguments) -> Iterator[SimpleNamespace]:
     """The command in a process of its own, forked from one that has imported everything, which spares 8 seconds; has
     `process`, and `said()`, what it printed so far. It hears Ctrl-C, which shells silence in the background."""
-    with tempfile.NamedTemporaryFile("r+") as printed:
-        process = forked(_run, [*map(str, arguments)], printed.name)
+    with tempfile.TemporaryDirectory() as folder:
+        (printed := Path(folder) / "printed").touch()
+        process = forked(_run, [*map(str, arguments)], str(printed))
         try:
-            yield SimpleNamespace(process=process, said=lambda: Path(printed.name).read_text(errors="replace"))
+            yield SimpleNamespace(process=process, said=lambda: printed.read_text(errors="replace"))
         finally:
             process.kill()
             process.join()
@@ -109,6 +110,9 @@ def _run(arguments: list[str], printed: str) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.pop(engine.PROGRAM)
+    sys.path.insert(0, str(PROJECT))  # as Python does; then what lies beside the program is found from any folder
+    os.chdir(Path(printed).parent)
+    Path("watch.py").write_text("raise OSError('this is not what was to be imported')")
     import tba
     from tasks import countdown
 

@@ -178,7 +178,7 @@ def test_one_demonstration_of_what_the_policy_never_finds_is_learned(embedded, t
     prompt, response = tokenizer("1 1 1=1:").input_ids, [*tokenizer("999").input_ids, tokenizer.eos_token_id]
     tokens, targets = torch.tensor([[*prompt, *response]]), torch.tensor([[-100] * len(prompt) + response])
     before, after = (
-        -len(response) * float(AutoModelForCausalLM.from_pretrained(folder)(tokens, labels=targets).loss)
+        -len(response) * AutoModelForCausalLM.from_pretrained(folder)(tokens, labels=targets).loss.item()
         for folder in (embedded[1], out / "model")
     )
     assert before < -15 and after > -8
