@@ -1,6 +1,6 @@
 """vLLM engines: each a process that is started, asked, given weights, and ended.
 
-On a GPU vLLM spawns it. On the CPU it is forked from a process that has imported vLLM, which takes four times as long
+On a GPU vLLM spawns it. On the CPU it is forked from a process that has imported vLLM, which takes five times as long
 as starting does, beside what else this one had to do; it inherits what a spawned one would.
 """
 

@@ -90,9 +90,9 @@ class Soak:
 
     def engine(self) -> int:
         """The process of its engine; 0: there is none."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for process in psutil.Process(self.process.pid).children(recursive=True):
-                if "Engine" in process.name():
+        for process in psutil.process_iter(["name"]):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "Engine" in process.info["name"] and self.process.pid in [each.pid for each in process.parents()]:
                     return process.pid
         return 0
 
@@ -127,7 +127,10 @@ class Soak:
                 raise RuntimeError(f"stopped, it ended with {code}")
             self.start()
         elif fault == "engine":
-            os.kill(engine := self.engine(), signal.SIGKILL)
+            while not (engine := self.engine()):  # 0 would be this process and all its kin
+                self.check()
+                time.sleep(0.2)
+            os.kill(engine, signal.SIGKILL)
             while self.engine() in (0, engine):
                 self.check()
                 time.sleep(0.2)

@@ -9,7 +9,7 @@
 first_update        until the first update is in metrics.jsonl, which is the sum of
 imports             Python, PyTorch, transformers, the problems
 policy              loading policy and reference
-engine              vLLM: imports here and in its process, the model, the first weights, the comparison
+engine              vLLM: its import, the start of its process, the model, the first weights, the comparison
 priming             searching the responses that training starts with, and the update
 """
 
