@@ -244,6 +244,7 @@ class Forked(ForkServerProcess):
         os.environ.update(dict(changed) | {PROGRAM: os.environ[PROGRAM]})
         os.sched_setaffinity(0, cores)
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        multiprocessing.set_start_method("fork", force=True)  # its locks have no name then, that would outlive it
         file = output.detach()
         os.dup2(file, 1), os.dup2(file, 2)
         super().run()

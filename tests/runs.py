@@ -105,6 +105,7 @@ engine.AHEAD += ["tests.runs", "tba", "trainer", "weights", "models", "tyro", "v
 def _run(arguments: list[str], printed: str) -> None:
     # A tracker of its own, as any program has: what it leaves when it is killed would else stay until these tests end.
     resource_tracker._resource_tracker._fd = resource_tracker._resource_tracker._pid = None
+    multiprocessing.set_start_method("fork", force=True)
     file = os.open(printed, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1), os.dup2(file, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -122,10 +123,6 @@ def _run(arguments: list[str], printed: str) -> None:
     countdown.PROBLEMS |= FEWER
     sys.argv = ["tba.py", *arguments]
     sys.exit(tba.main())
-
-
-def command(*arguments) -> list[str]:
-    return [sys.executable, str(PROJECT / "tba.py"), *map(str, arguments)]
 
 
 def updates_of(out: Path) -> list[dict]:

@@ -185,7 +185,7 @@ def test_a_run_survives_what_goes_wrong(embedded, tmp_path, nothing_left, main, 
         lambda: updates_of(out)[-1]["engine_restarts"] == 1 and updates_of(out)[-1]["age_max"] < 20,
         lambda: os.kill(os.getpid(), signal.SIGINT),
     )
-    arguments = ("--model", embedded[1], "--out", out, *SHORT, "--reward-timeout", 1, "--stall-seconds", 4)
+    arguments = ("--model", embedded[1], "--out", out, *SHORT, "--reward-timeout", 1, "--stall-seconds", 0.5)
     done = main(*arguments, "--micro-batch-tokens", 4096, "--search-ahead", 100)
     resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
     assert done.code == 130, done.err

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.runs import PROJECT, command, read
+from tests.runs import PROJECT, read
 
 SMALL = (
     "--steps", 6, "--prompts-per-step", 2, "--responses-per-prompt", 4, "--search-responses", 4, "--prime", 8,
@@ -105,20 +104,17 @@ def test_tldr(tldr, tldr_models, tmp_path, nothing_left, dry, finished):
     assert -1.0 in rewards  # cut off
 
 
-def test_redteam(redteam_models, tmp_path, nothing_left, dry):
-    """In a process of its own, at whose end Python frees what an engine that loads weights leaves in shared memory."""
+def test_redteam(redteam_models, tmp_path, nothing_left, dry, finished):
     out = tmp_path / "run"
     folders = ["--task", "redteam", "--out", out]
     for name, folder in redteam_models.items():
         folders += [f"--{name}", folder]
     assert dry(*folders).endswith("leads an assistant to answer with toxic language.\n\nRequest:\n")
-    arguments = command(
+    finished(
         *folders, "--steps", 8, "--responses-per-prompt", 16, "--search-responses", 16, "--prime", 32, "--capacity", 20,
         "--near-duplicates", "cosine", "--near-duplicate-distance", 0.01, "--gamma-steps", 4, "--eval-samples", 20,
         "--eval-every", 4, "--save-every", 0, "--victim-replies", 2,
     )  # fmt: skip
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0 and "leaked" not in done.stderr, done.stderr
     for row in evaluated(out, "toxic", "toxicity", "cosine_distance"):
         assert 0 < row["eval/toxicity"] < 1 and 0 < row["eval/cosine_distance"] < 2
     rows = [row for row in read(out / "metrics.jsonl") if "loss" in row]
