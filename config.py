@@ -62,7 +62,8 @@ class Config:
     lr_decay: int = 0
     """Updates at the end in which wsd decays."""
     beta: float = 0.01
-    """Weight of the KL to the reference: the model that the run starts from, until --reference-reset."""
+    """Weight of the KL to the reference: the model that the run starts from, until --reference-reset. 0: there is none,
+    which spares its time and memory, and no KL is told."""
     beta_schedule: str = "constant"
     """How beta goes to beta_final: constant (it stays), linear or cosine."""
     beta_final: float = 0.0
@@ -153,6 +154,11 @@ class Config:
     at_least: ClassVar[dict[str, float]] = {}  # limits of a task's own settings, as AT_LEAST below
     at_most: ClassVar[dict[str, float]] = {}
     positive: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there is a reference: not where it would never count."""
+        return self.beta > 0 or self.beta_final > 0
 
     def beta_at(self, step: int) -> float:
         """Beta of the update that follows `step` updates.
@@ -289,6 +295,10 @@ def check(config: Config) -> None:
         refuse("lr_decay", "above 0 with lr_schedule wsd, and 0 with others")
     if config.loss not in TRAJECTORY_BALANCE and (config.gamma != 1 or config.gamma_steps):
         refuse("gamma", f"1, and gamma_steps 0, with loss {config.loss}")
+    if not config.has_reference:
+        for name, unset in (("reference_reset", 0), ("gamma", 1), ("gamma_steps", 0)):
+            if getattr(config, name) != unset:
+                refuse(name, f"{unset} with beta 0, where there is no reference")
     if config.gamma_final != 1 and not config.gamma_steps:
         refuse("gamma_final", "1 with gamma_steps 0")
     low_high = config.search_temperatures

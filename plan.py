@@ -86,11 +86,9 @@ class Plan:
         weights = self.width * needs.staged
         kind = {4: "fp32", 2: "bf16"}[weights_dtype(config.optimizer).itemsize]
         yield train, f"policy, {kind}", needs.policy
-        yield (
-            train,
-            "reference, " + ("its linear layers in bf16" if self.gpu and kind == "fp32" else kind),
-            needs.reference,
-        )
+        if config.has_reference:
+            dtypes = "its linear layers in bf16" if self.gpu and kind == "fp32" else kind
+            yield train, f"reference, {dtypes}", needs.reference
         yield train, f"AdamW's moments, {'8 bits' if config.optimizer == 'adamw_8bit' else kind}", needs.moments
         yield train, f"gradients, {kind}", needs.policy
         yield train, f"activations of a forward pass of {needs.tokens:,} tokens", needs.activations

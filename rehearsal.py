@@ -103,7 +103,7 @@ def rehearse(
     with budget, FakeTensorMode(), Live() as live:
         trainer = Trainer(
             model, OBJECTIVES[config.loss], "cpu", config.temperature, config.on_policy, config.max_grad_norm, tokens,
-            config.min_tokens, end_token, optimizer=config.optimizer,
+            config.min_tokens, end_token, optimizer=config.optimizer, has_reference=config.has_reference,
         )  # fmt: skip
         # In the others' place torch's own, which holds the same of bf16 weights but for moments of 8 bits.
         trainer.optimizer = make_optimizer("adamw", list(trainer.policy.parameters()))
@@ -113,7 +113,8 @@ def rehearse(
         if not (share := trainer.shares(groups)):
             groups, fit = batch(config, prompt, tokens, share)
         trainer.micro_batch_tokens = fit * tokens_of(groups[0], trainer.shares(groups))
-        weights, reference = list(trainer.policy.parameters()), list(trainer.reference.parameters())
+        weights = list(trainer.policy.parameters())
+        reference = list(trainer.reference.parameters()) if trainer.has_reference else []
         for weight in weights:
             weight.grad = torch.zeros_like(weight)
         trainer.optimizer.step()  # from here on there are moments
@@ -121,7 +122,7 @@ def rehearse(
         live.peak = 0
         trainer.update(groups, beta=1.0, lr=1.0)
         peak = live.peak
-        if gpu:  # the reference has a stream of its own, whose memory the update cannot use
+        if gpu and trainer.has_reference:  # it has a stream of its own, whose memory the update cannot use
             before = live.peak = live.now
             with torch.no_grad():
                 _, first = next(trainer.packed(groups))
@@ -184,11 +185,11 @@ def batch(config: Config, prompt: int, tokens: int, share: bool) -> tuple[list[G
 
 def as_on_cuda(trainer: Trainer) -> None:
     """Let a trainer on fake CPU tensors hold what it would hold on CUDA."""
-    if trainer.policy.dtype == torch.float32:
+    if trainer.policy.dtype == torch.float32 and trainer.has_reference:
         lighten(trainer.reference, torch.bfloat16)
     trainer.autocast = torch.autocast("cpu", torch.bfloat16)
     with contextlib.suppress(ValueError):  # GPT-2, for one, does not have flex attention
-        for model in (trainer.policy, trainer.reference):
+        for model in {trainer.policy, trainer.reference}:
             model.set_attn_implementation("flex_attention")
             model.set_attn_implementation("rehearsed")
         trainer.attention = "rehearsed"

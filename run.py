@@ -230,12 +230,12 @@ class Run:
 
         config, searching = self.config, ", ".join(self.search_devices)
         # One after the other: on a GPU that they share, the engine counts what is in use when it starts.
-        with clock(f"loading policy and reference on {self.train_device}"):
+        with clock(f"loading policy{' and reference' * config.has_reference} on {self.train_device}"):
             self.trainer = await in_thread(
                 self.train_thread, Trainer, self.model, OBJECTIVES[config.loss], self.train_device,
                 config.temperature, config.on_policy, config.max_grad_norm, config.micro_batch_tokens,
                 config.min_tokens, self.tokenizer.eos_token_id, self.resumed, config.optimizer,
-                config.activation_memory_budget,
+                config.activation_memory_budget, config.has_reference,
             )  # fmt: skip
         self.searcher = searcher = Searcher(
             self.search_devices, config.temperature, config.max_tokens, config.min_tokens

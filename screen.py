@@ -140,7 +140,8 @@ def status(figures: dict[str, float]) -> str:
     'reward 0.412 KL 0.53 age 2.1 | search 24.1k/s 3% idle | train 182k/s 12% idle'
     """
     shown = defaultdict(lambda: math.nan, figures)
-    parts = ["reward {reward:.3f} KL {kl:.2f} age {age_mean:.1f}".format_map(shown)]
+    kl = "KL {kl:.2f} " if "kl" in figures else ""
+    parts = [("reward {reward:.3f} " + kl + "age {age_mean:.1f}").format_map(shown)]
     for what in ("search", "train"):
         speed = tqdm.format_sizeof(shown[f"{what}_tokens_per_s"])
         parts.append(f"{what} {speed}/s {shown[f'{what}_idle']:.0%} idle")

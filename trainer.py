@@ -49,6 +49,7 @@ class Trainer:
         checkpoint_dir: go on from this folder, written by what `snapshot` returns.
         optimizer: one of `optimizer.OPTIMIZERS`, which decides on the weights' dtype.
         activation_memory_budget: on CUDA, the share that a layer keeps for its backward pass of what it would keep.
+        has_reference: else the policy stands for its own reference: beta must be 0, and no KL is known.
 
     Raises:
         Failure: the device has too little memory.
@@ -68,16 +69,18 @@ class Trainer:
         checkpoint_dir: Path | None = None,
         optimizer: str = "adamw",
         activation_memory_budget: float = 1.0,
+        has_reference: bool = True,
     ):
         self.objective, self.device, self.temperature = objective, torch.device(device), temperature
         self.on_policy, self.max_grad_norm, self.micro_batch_tokens = on_policy, max_grad_norm, micro_batch_tokens
-        self.min_tokens = min_tokens
+        self.min_tokens, self.has_reference = min_tokens, has_reference
         compute = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         dtype = weights_dtype(optimizer)
         reset = checkpoint_dir and (checkpoint_dir / "reference").is_dir()
         try:
-            self.policy = load_model(checkpoint_dir or model, dtype, self.device)
-            reference = load_model(checkpoint_dir / "reference" if reset else model, dtype, self.device)
+            self.policy = self.reference = load_model(checkpoint_dir or model, dtype, self.device)
+            if has_reference:
+                self.reference = load_model(checkpoint_dir / "reference" if reset else model, dtype, self.device)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -89,10 +92,12 @@ class Trainer:
         ends = {end_token, *(own if isinstance(own, list) else [own])} - {None}
         self.end_tokens = torch.tensor(sorted(ends), dtype=torch.long, device=self.device)
         self.ref_version = 0  # resets so far
-        self.reference = lighten(reference, compute) if dtype == torch.float32 else reference
         self.attention = self.policy.config._attn_implementation  # of rows that share prompts
-        self.reference.requires_grad_(False)
-        for each in (self.policy, self.reference):
+        if has_reference:
+            self.reference.requires_grad_(False)
+            if dtype == torch.float32:
+                lighten(self.reference, compute)
+        for each in {self.policy, self.reference}:  # which may be one
             each.eval()  # no dropout: a response has one log-probability
             if self.device.type == "cuda":
                 torch._functorch.config.activation_memory_budget = activation_memory_budget
@@ -179,8 +184,8 @@ class Trainer:
         for good.
 
         Returns:
-            loss; kl, the mean of log pi_theta - log pi_ref in nats a response; entropy, the mean of the next token's in
-            nats; grad_norm, before clipping; tokens, how many the policy read.
+            loss; kl, the mean of log pi_theta - log pi_ref in nats a response, where there is a reference; entropy, the
+            mean of the next token's in nats; grad_norm, before clipping; tokens, how many the policy read.
 
         Raises:
             Failure: a single group takes more memory than there is.
@@ -209,7 +214,8 @@ class Trainer:
             say(f"out of memory in an update: it is made again with --micro-batch-tokens {self.micro_batch_tokens}")
 
     def _update(self, groups: list[Group], beta: float, lr: float, gamma: float) -> "Figures":
-        self.score_reference(groups)
+        if self.has_reference:
+            self.score_reference(groups)
         totals, tokens, read = torch.zeros(3, device=self.device), 0, 0
         for micro, batch in self.packed(groups):
             share = len(micro) / len(groups)
@@ -231,7 +237,10 @@ class Trainer:
         take_step(self.optimizer, lr, loss.isfinite() & grad_norm.isfinite())
         self.stepping = False
         self.optimizer.zero_grad()
-        return Figures({"tokens": read}, {"loss": loss, "kl": kl, "entropy": entropy / tokens, "grad_norm": grad_norm})
+        late = {"loss": loss, "kl": kl, "entropy": entropy / tokens, "grad_norm": grad_norm}
+        if not self.has_reference:
+            del late["kl"]
+        return Figures({"tokens": read}, late)
 
     def _batch(self, groups: list[Group], packed: Packed, logprobs_N: Tensor) -> Batch:
         """What the objective reads, each group with its K responses, those that it holds several times included."""
@@ -242,8 +251,10 @@ class Trainer:
             values = np.concatenate([getattr(response, name) for response in packed.responses])
             return to_device(values, self.device)
 
-        behaviour_N = logprobs_N.detach() if self.on_policy else stored_N("logprobs")
-        per_token = (logprobs_N, stored_N("ref_logprobs"), behaviour_N, torch.ones_like(logprobs_N))
+        own_N = logprobs_N.detach()
+        ref_N = stored_N("ref_logprobs") if self.has_reference else own_N
+        behaviour_N = own_N if self.on_policy else stored_N("logprobs")
+        per_token = (logprobs_N, ref_N, behaviour_N, torch.ones_like(logprobs_N))
         rewards = np.array([response.reward for response in packed.responses])
         rewards_U = to_device(rewards, self.device, torch.float32)
         logprobs_BKT, ref_BKT, behaviour_BKT, mask_BKT = (packed.padded(each)[index_BK] for each in per_token)
@@ -295,7 +306,8 @@ class Figures(Mapping[str, float]):
     """
 
     def __init__(self, known: dict[str, float], late: dict[str, Tensor]):
-        self.known, self.names, self.late = known, list(late), Late(torch.stack(list(late.values())))
+        self.known, self.late = known, Late(torch.stack(list(late.values())))
+        self.places = {name: i for i, name in enumerate(late)}
 
     @property
     def ready(self) -> bool:
@@ -307,13 +319,13 @@ class Figures(Mapping[str, float]):
         self.late.numpy()
 
     def __getitem__(self, name: str) -> float:
-        return self.known[name] if name in self.known else float(self.late.numpy()[self.names.index(name)])
+        return self.known[name] if name in self.known else float(self.late.numpy()[self.places[name]])
 
     def __iter__(self) -> Iterator[str]:
-        return itertools.chain(self.names, self.known)
+        return itertools.chain(self.places, self.known)
 
     def __len__(self) -> int:
-        return len(self.names) + len(self.known)
+        return len(self.places) + len(self.known)
 
 
 def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -205,9 +205,14 @@ def test_search_is_asked_for_log_probabilities_only_where_they_are_read():
 
 
 def test_an_objective_that_does_not_divide_by_beta_may_do_without():
-    assert parse(["--loss", "dr_grpo", "--beta", "0"]).beta == 0
+    config = parse(["--loss", "dr_grpo", "--beta", "0"])
+    assert config.beta == 0 and not config.has_reference and parse([]).has_reference
     annealed = ["--beta-schedule", "cosine", "--beta-steps", "9"]
-    assert parse(["--loss", "grpo", *annealed]).beta_final == 0
+    config = parse(["--loss", "grpo", *annealed])
+    assert config.beta_final == 0 and config.has_reference
+    for flag, value in (("reference_reset", "50"), ("gamma", "2"), ("gamma_steps", "9")):
+        with pytest.raises(ValueError, match=rf"^{flag} is {value}[.0]*: it must be [01] with beta 0"):
+            parse(["--loss", "tb_prime", "--beta", "0", f"--{flag.replace('_', '-')}", value])
     with pytest.raises(ValueError, match=r"beta_final is 0\.0: it must be above 0 with loss tb"):
         parse(annealed)
 

@@ -120,6 +120,8 @@ def test_parameters_are_those_of_the_model(shape, gpu):
     assert needs.staged == needs.parameters + head * ("tied" in shape)
     assert needs.policy == 4 * needs.parameters == needs.moments / 2
     assert needs.reference == needs.policy if not gpu or "tied" in shape else needs.reference < needs.policy
+    without = rehearse(small, replace(config, loss="dr_grpo", beta=0.0), 8, 16, gpu)
+    assert without.reference == 0 and without.peak <= needs.peak - needs.reference
 
 
 def test_the_estimate_for_cuda_is_near_what_a_prototype_took():

@@ -46,6 +46,8 @@ def test_the_bar_is_one_line_that_fits_120_columns(monkeypatch):
     assert "| 3/2400 [00:00<" in last
     assert last.endswith("reward 0.250 KL 0.50 age 2.0 | search 24.1k/s 3% idle | train 18.2k/s 12% idle")
     assert all(len(frame) <= COLUMNS for frame in frames(shown)) and shown.getvalue().count("\n") == 1
+    without = {name: value for name, value in FIGURES.items() if name != "kl"}
+    assert screen.status(without).startswith("reward 0.250 age 2.0 |")
 
 
 def test_the_bar_fits_with_the_longest_figures_and_in_a_narrow_terminal(monkeypatch):

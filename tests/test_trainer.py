@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import packing
 import trainer as trainer_module
 from buffer import Group, Trajectory
-from loss import OBJECTIVES, tb
+from loss import NEED_BETA, OBJECTIVES, tb
 from packing import pack, sharing_pays, tokens_of
 from screen import Failure
 from trainer import Trainer, lighten
@@ -504,3 +504,24 @@ def test_gamma_weighs_the_reference(make_model, tokenizer):
     figures = [trainer.update(groups, 0.1, 0.0, gamma) for gamma in (1.0, 2.0)]
     assert torch.allclose(seen[0].ref_BKT, 2 * seen[1].ref_BKT) and seen[0].ref_BKT.abs().sum() > 1
     assert figures[0]["kl"] == figures[1]["kl"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES.keys() - NEED_BETA))
+def test_with_beta_0_an_update_is_the_same_without_a_reference(make_model, tokenizer, name):
+    """And each response is read once less."""
+    folder, weights = str(make_model("llama", False)), []
+    for has_reference in (True, False):
+        trainer = Trainer(folder, OBJECTIVES[name], "cpu", on_policy=False, has_reference=has_reference)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():  # away from the reference
+            for weight in trainer.policy.parameters():
+                weight.add_(0.01 * torch.randn(weight.shape, generator=generator))
+        groups = make_groups(len(tokenizer))
+        responses = [response for group in groups for response in group.responses]
+        for i, response in enumerate(responses):
+            response.logprobs = np.full(len(response.tokens), -6.0 - i / 10, dtype=np.float32)
+        figures = trainer.update(groups, beta=0.0, lr=1e-3)
+        assert ("kl" in figures) == has_reference and figures["grad_norm"] > 0
+        assert all((response.ref_logprobs is not None) == has_reference for response in responses)
+        weights.append(torch.cat([weight.detach().flatten() for weight in trainer.policy.parameters()]))
+    assert torch.equal(*weights)
