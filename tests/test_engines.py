@@ -51,9 +51,9 @@ def test_engine_and_trainer_agree_after_a_sync(make_model, tokenizer, tmp_path, 
     monkeypatch.setattr(OutputProcessor, "process_outputs", listening)
 
     async def check() -> None:
-        searcher = Searcher(["cpu"], temperature=0.7, max_tokens=64)
+        searcher = Searcher(["cpu"], temperature=0.7, max_tokens=150)  # beyond a block of the engine
         try:
-            await searcher.start(folder, 128, 0, {}, cores()[1], tmp_path / "engine.log")
+            await searcher.start(folder, 192, 0, {}, cores()[1], tmp_path / "engine.log")
             trainer.staging = await share(trainer.policy, searcher)
             trainer.publish(prompt, 0)
             await searcher.load_staging()
