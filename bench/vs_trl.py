@@ -43,7 +43,7 @@ from searcher import Response
 from tasks import countdown
 
 OURS = (
-    *("--steps", "1000000", "--loss", "dr_grpo", "--lr", "4e-4", "--lr-schedule", "constant", "--beta", "0"),
+    *("--steps", "1000000", "--loss", "dr_grpo", "--lr", "3e-4", "--lr-schedule", "constant", "--beta", "0"),
     *("--prompts-per-step", "16", "--responses-per-prompt", "8", "--search-responses", "8"),
     *("--sync-every", "1", "--on-policy-prob", "1", "--prime", "128"),
 )
