@@ -77,7 +77,7 @@ async def bare(run: Run, **settings) -> AsyncIterator[Callable[[], int]]:
 
 @contextlib.contextmanager
 def counted(run: Run) -> Iterator[Callable[[], int]]:
-    """Gives a function that tells how many tokens the run's search has been given."""
+    """Gives a function that tells how many tokens the run's search has been given, of what it asks for from here on."""
     generate, tokens = run.searcher.generate, 0
 
     async def counting(*arguments, **settings):
@@ -97,8 +97,8 @@ async def repeat(run: Run, seconds: float) -> dict[str, float]:
     """Generated tokens/s, each way, and what of it is left."""
     async with bare(run, detokenize=False, extra_args=WHOLE) as tokens:
         fastest, *_ = await rate(run, seconds, tokens)
-    async with searching(run):
-        with counted(run) as tokens:
+    with counted(run) as tokens:
+        async with searching(run):
             search, loop, filled = await rate(run, seconds, tokens)
             async with training(run):
                 beside, loop_beside, _ = await rate(run, seconds, tokens)

@@ -1,6 +1,6 @@
 """Which trains sooner to the same accuracy, this or TRL's GRPOTrainer? Countdown, from the same warmed-up models.
 
-    python -m bench.vs_trl                      seeds 0 to 2: about 7 minutes on 2 cores
+    python -m bench.vs_trl                      seeds 0 to 2: about 10 minutes on 2 cores
     python -m bench.vs_trl --loss tb --lr 1.5e-4 --beta 0.03  other settings of tba.py for our side
     python -m bench.vs_trl --trl '{"learning_rate": 2e-4}'    and of GRPOConfig for TRL's
     python -m bench.vs_trl --speed              for a GPU: responses a second, on the lengths of GSM8K and TL;DR
