@@ -23,15 +23,16 @@ def left(out: Path) -> dict:
     return json.loads((out / "config.json").read_text())
 
 
-def test_a_sampling_rule_of_ones_own(embedded, tmp_path, nothing_left, main):
+def test_a_sampling_rule_of_ones_own(embedded, tmp_path, nothing_left):
     """By the very command; without the fork there is no such rule."""
     out, words = tmp_path / "run", given("best_and_worst")[1:]
     command = [sys.executable, *words, *map(str, ("--model", embedded[1], "--out", out, *SHORT))]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert left(out)["replay"] == "best_and_worst"
-    refused = main(*words[2:], "--dry-run")
-    assert refused.code == 2 and "is 'best_and_worst': it must be one of" in refused.err
+    command = [sys.executable, "tba.py", *words[2:], "--dry-run"]
+    refused = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and "is 'best_and_worst': it must be one of" in refused.stderr
 
 
 def test_an_objective_of_ones_own(embedded, tmp_path, nothing_left, main):
