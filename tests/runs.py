@@ -103,7 +103,8 @@ engine.AHEAD += ["tests.runs", "tba", "trainer", "weights", "models", "tyro", "v
 
 
 def _run(arguments: list[str], printed: str) -> None:
-    # A tracker of its own, as any program has: what it leaves when it is killed would else stay until these tests end.
+    # Its own tracker and Python's own start method, as any program has: what it leaves when it is killed would else
+    # stay until these tests end.
     resource_tracker._resource_tracker._fd = resource_tracker._resource_tracker._pid = None
     multiprocessing.set_start_method("fork", force=True)
     file = os.open(printed, os.O_WRONLY | os.O_APPEND)
