@@ -1,5 +1,6 @@
 # make run    set up, then post-train the embedded model on Countdown; make run STEPS=100 ARGS="--lr 1e-4" for other settings
 # make test   set up, then run the tests; make test ARGS="-k buffer" for some
+# make test-long   the tests that take minutes each
 # make lint   set up, then check the style and the types
 # make bench  the measurements there are; make bench BENCH=posterior ARGS="--help" for one
 # make clean  remove .venv
@@ -18,13 +19,16 @@ SHOW = awk '/^Collecting/ && ++n % 25 == 0 { print "  " n " packages are here"; 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: run test lint bench clean help
+.PHONY: run test test-long lint bench clean help
 
 run: .venv/installed
 	@.venv/bin/python tba.py $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
 test: .venv/installed-dev
-	@.venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist worksteal -m "not long" $(ARGS)
+
+test-long: .venv/installed-dev
+	@.venv/bin/python -m pytest -n 2 --dist worksteal -m long $(ARGS)
 
 lint: .venv/installed-dev
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
@@ -33,7 +37,7 @@ bench: $(if $(BENCH),.venv/installed-dev)
 ifdef BENCH
 	@.venv/bin/python -m bench.$(BENCH) $(ARGS)
 else
-	@sed -n 's/^| `python -m bench.\([a-z_]*\).*` | \(.*\) |$$/make bench BENCH=\1: \2/p' bench/README.md | tr -d '\\'
+	@sed -n 's/^| `python -m bench.\([a-z_]*\).*` | \(.*\) |$$/make bench BENCH=\1: \2/p' docs/measurements.md | tr -d '\\'
 endif
 
 clean:

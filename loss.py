@@ -1,19 +1,24 @@
 """Objectives, as pure functions.
 
 Each takes a `Batch` of B prompts with K responses of at most T tokens and `beta`, the weight of the KL to the
-reference, and returns a scalar: the mean over the B groups, so that groups may be cut into micro-batches anywhere. To
-add one: write the function, name it in `OBJECTIVES`, and in `IMPORTANCE_WEIGHTED` if it reads `behaviour_BKT`.
+reference, and returns a scalar: the mean over the B groups, so that groups may be split into micro-batches anywhere.
+Beside it an objective may return a dict of metrics, scalars that are means over the groups too, for metrics.jsonl.
 
-Symbols: pi the policy, mu the behaviour policy that wrote a response, y_t its token, A_j the advantage of response j.
+To add one, write a function in a file of your own, `@objective(...)` above it, and give it by `--loss FILE.py:NAME`.
+
+Symbols: pi the policy, mu the behaviour policy, which wrote a response, y_t its token, A_j the advantage of response j.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+OBJECTIVES: dict[str, Callable] = {}  # by name
 
 CLIP = 0.2  # how far a ratio pi/mu may move from 1 before PPO's clipping stops it
 RATIO_MAX = {"tb_prime": 8.0, "cispo": 5.0}  # where ratios are cut off
@@ -30,8 +35,27 @@ class Batch:
     behaviour_BKT: Tensor  # log mu(y_t); log pi(y_t) without gradient where the data count as on-policy
     mask_BKT: Tensor  # 1 where a response has a token, 0 in the padding
     rewards_BK: Tensor
+    extra: dict[str, Tensor] = field(default_factory=dict)  # [B, K, T] of each name in `Response.per_token`
 
 
+def objective(needs_beta: bool = False, has_gamma: bool = False, reads_behaviour: bool = False) -> Callable:
+    """Declare a function of (batch, beta) an objective, by its name.
+
+    Args:
+        needs_beta: beta must be above 0.
+        has_gamma: the reference may count by 1/gamma (--gamma): the optimum is then pi_ref^(1/gamma) exp(r/beta).
+        reads_behaviour: it reads `behaviour_BKT`, for which engines must return log-probabilities.
+    """
+
+    def register(function: Any) -> Any:
+        function.needs_beta, function.has_gamma, function.reads_behaviour = needs_beta, has_gamma, reads_behaviour
+        OBJECTIVES.setdefault(function.__name__, function)
+        return function
+
+    return register
+
+
+@objective(needs_beta=True, has_gamma=True)
 def tb(batch: Batch, beta: float) -> Tensor:
     """Trajectory balance with the VarGrad estimate of log Z (https://arxiv.org/abs/2503.18929, section 3).
 
@@ -41,12 +65,12 @@ def tb(batch: Batch, beta: float) -> Tensor:
         log Z_i = -mean_j d_ij                                               (no gradient)
         L       = beta/2 mean_ij (log Z_i + d_ij)^2
 
-    L is zero exactly where pi = pi* on the responses at hand, whatever policy wrote them: nothing here asks.
+    L is zero exactly where pi = pi* on the responses at hand, whatever policy wrote them.
     Its gradient is the policy gradient -mean_ij A_ij grad log pi(y_ij|x_i) with the advantage
 
         A_ij = (r_ij - mean_j r_ij) - beta (k_ij - mean_j k_ij),    k_ij = log pi - log pi_ref.
 
-    The factor beta/2 is what makes it so: the gradient does not grow as beta is annealed towards 0. Needs beta > 0.
+    By the factor beta/2 the gradient does not grow as beta is annealed towards 0. Needs beta > 0.
 
     >>> import torch
     >>> one = torch.tensor([[[-1.0], [-2.0]]])  # B = 1, K = 2, T = 1
@@ -59,6 +83,7 @@ def tb(batch: Batch, beta: float) -> Tensor:
     return beta / 2 * (log_Z_B1 + d_BK).square().mean()
 
 
+@objective(has_gamma=True, reads_behaviour=True)
 def tb_prime(batch: Batch, beta: float) -> Tensor:
     """TBA': the gradient of `tb` as a policy gradient a token, importance-weighted (https://arxiv.org/abs/2503.18929).
 
@@ -79,6 +104,7 @@ def tb_prime(batch: Batch, beta: float) -> Tensor:
     return -(ratio_BKT * advantage_BK[..., None] * batch.mask_BKT).sum(-1).mean()
 
 
+@objective(reads_behaviour=True)
 def rloo(batch: Batch, beta: float) -> Tensor:
     """REINFORCE leave-one-out (https://arxiv.org/abs/2402.14740) with PPO's clipped ratio ("proximal RLOO",
     https://arxiv.org/abs/2410.18252).
@@ -86,7 +112,7 @@ def rloo(batch: Batch, beta: float) -> Tensor:
         L   = -mean_j min(w_j A_j, clip(w_j, 0.8, 1.2) A_j),    w_j = pi(y_j)/mu(y_j), of the whole response
         A_j = R_j - mean_{i != j} R_i,                          R_j = r_j - beta (log mu(y_j) - log pi_ref(y_j))
 
-    The KL is part of the reward, as the response was paid when it was written. w_j is of the whole response: in bf16
+    The KL is part of the reward, under the policy that wrote the response. w_j is of the whole response: in bf16
     the rounding of engine and trainer alone moves it out of the clip's range for a good part of long responses.
 
     >>> import torch
@@ -95,12 +121,13 @@ def rloo(batch: Batch, beta: float) -> Tensor:
     tensor(-0.1000)
     """
     k_BK = (batch.behaviour_BKT - batch.ref_BKT).sum(-1)
-    paid_BK, K = batch.rewards_BK - beta * k_BK, batch.rewards_BK.shape[1]
-    advantage_BK = _centred(paid_BK) * K / max(K - 1, 1)  # r_j minus the mean of the others
+    return_BK, K = batch.rewards_BK - beta * k_BK, batch.rewards_BK.shape[1]
+    advantage_BK = _centred(return_BK) * K / max(K - 1, 1)  # r_j minus the mean of the others
     ratio_BK = (batch.logprobs_BKT - batch.behaviour_BKT).sum(-1).clamp(max=EXP_MAX).exp()
     return -_clipped(ratio_BK, advantage_BK).mean()
 
 
+@objective(reads_behaviour=True)
 def grpo(batch: Batch, beta: float) -> Tensor:
     """Group relative policy optimisation (https://arxiv.org/abs/2402.03300, equation 3).
 
@@ -116,6 +143,7 @@ def grpo(batch: Batch, beta: float) -> Tensor:
     return -((per_token_BKT * batch.mask_BKT).sum(-1) / batch.mask_BKT.sum(-1)).mean()
 
 
+@objective(reads_behaviour=True)
 def dr_grpo(batch: Batch, beta: float) -> Tensor:
     """GRPO done right: no division by the length nor by the standard deviation (https://arxiv.org/abs/2503.20783).
 
@@ -132,6 +160,7 @@ def dr_grpo(batch: Batch, beta: float) -> Tensor:
     return -(per_token_BKT * batch.mask_BKT).sum(-1).mean()
 
 
+@objective(reads_behaviour=True)
 def cispo(batch: Batch, beta: float) -> Tensor:
     """Clipped importance-sampling policy optimisation (https://arxiv.org/abs/2506.13585, equation 4).
 
@@ -149,6 +178,7 @@ def cispo(batch: Batch, beta: float) -> Tensor:
     return -((per_token_BKT * batch.mask_BKT).sum((1, 2)) / batch.mask_BKT.sum((1, 2))).mean()
 
 
+@objective(needs_beta=True)
 def online_dpo(batch: Batch, beta: float) -> Tensor:
     """Direct preference optimisation of the best of K over the worst (https://arxiv.org/abs/2402.04792).
 
@@ -167,12 +197,6 @@ def online_dpo(batch: Batch, beta: float) -> Tensor:
     margin_B1 = beta * (h_BK.gather(1, best_B1) - h_BK.gather(1, worst_B1))
     differ_B1 = batch.rewards_BK.gather(1, best_B1) > batch.rewards_BK.gather(1, worst_B1)
     return (margin_B1.neg().logaddexp(margin_B1.new_zeros(())) * differ_B1).mean()
-
-
-OBJECTIVES = {each.__name__: each for each in (tb, tb_prime, rloo, grpo, dr_grpo, online_dpo, cispo)}
-IMPORTANCE_WEIGHTED = {"tb_prime", "rloo", "grpo", "dr_grpo", "cispo"}  # they read behaviour_BKT
-NEED_BETA = {"tb", "online_dpo"}  # above 0
-TRAJECTORY_BALANCE = {"tb", "tb_prime"}  # they may have a gamma
 
 
 def _centred(x_BK: Tensor) -> Tensor:

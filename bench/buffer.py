@@ -16,8 +16,8 @@ import tracemalloc
 
 import numpy as np
 
-from bench.runs import at_least, median_and_range, parser, show
-from buffer import Buffer, Group, Trajectory, by_reward
+from bench.table import at_least, median_and_range, parser, show
+from buffer import Buffer, Group, Response, by_reward
 
 TOKENS, GROUP, BATCH = 200, 20, 140
 
@@ -28,7 +28,7 @@ def group(prompt_id: int, count: int, rng: np.random.Generator) -> Group:
     logprobs = rng.standard_normal((count, TOKENS), dtype=np.float32)
     rewards = rng.random(count).tolist()
     responses = [
-        Trajectory(tokens[i].copy(), True, rewards[i], 0, ref_logprobs=logprobs[i].copy()) for i in range(count)
+        Response(tokens[i].copy(), True, reward=rewards[i], ref_logprobs=logprobs[i].copy()) for i in range(count)
     ]
     return Group(prompt_id, np.arange(100, dtype=np.int32), responses)
 
@@ -53,7 +53,7 @@ def measure(size: int, repeats: int) -> dict:
     del buffer
     gc.collect()
     buffer = filled(size, rng)
-    count, prompts = min(GROUP, size), len(buffer.seen)
+    count, prompts = min(GROUP, size), len(buffer.prompts)
     inserts, samples = [], []
     for _ in range(repeats):
         fresh = [group(int(rng.integers(prompts)), count, rng) for _ in range(100)]

@@ -9,7 +9,9 @@ import atexit
 import random
 import tempfile
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated
+
+from annotated_types import Ge
 
 import tasks
 from config import Config
@@ -42,7 +44,7 @@ class Task(tasks.Task):
         """Search and train on responses of given lengths."""
 
         model: str = "tiny"
-        prompt_tokens: int = 120
+        prompt_tokens: Annotated[int, Ge(1)] = 120
         """Words in a prompt."""
         prompts_per_step: int = 7
         responses_per_prompt: int = 20
@@ -52,8 +54,6 @@ class Task(tasks.Task):
         eval_every: int = 0
         eval_prompts: int = 0
         save_every: int = 0
-
-        at_least: ClassVar[dict[str, float]] = {"prompt_tokens": 1}
 
     @classmethod
     def model(cls, config: Settings) -> str:

@@ -4,7 +4,7 @@
     python -m bench.overlap --task gsm8k --model DIR    another task or model: all settings of tba.py
     python -m bench.overlap --json              prints, last, all figures as one JSON object
 
-Each repeat does the same work three times. Together: so many updates while search goes on; what search finds meanwhile
+Each repeat does the same work three times. Together: so many updates while search goes on; what search stores meanwhile
 is its share of the work. Alone: first as many responses are searched, then the same batches are trained on, each with
 its own cores and while the other does nothing. Alternately: the same, but with every core (or the whole GPU) for
 either; no time is counted for filling and draining the engine, which taking turns costs as well.
@@ -16,34 +16,31 @@ speedup             (search + training, alternately) / together
 import asyncio
 import contextlib
 
-from bench.runs import at_least, parser, table
 from bench.session import Batches, search, searching, session, train
-from run import Run
+from bench.table import at_least, parser, table
+from tba import TBA
 
 
-async def repeat(run: Run, other: Run, updates: int) -> dict[str, float]:
+async def repeat(run: TBA, other: TBA, updates: int) -> dict[str, float]:
     """Seconds of each.
 
     Args:
-        run: as the main job divides the machine.
+        run: with the machine divided as in any run.
         other: the same with every core.
     """
     batches = Batches()
     async with searching(run):
         await train(run, 2)
-        before = run.searched
+        before = run.progress.responses
         with batches.recorded(run):
             together = await train(run, updates)
-        found = run.searched - before
-    figures = {"responses": found, "together": together}
+        responses = run.progress.responses - before
+    figures = {"responses": responses, "together": together}
     for name, each in ("alone", run), ("alternately", other):
         async with searching(each):
-            figures[f"search {name}"] = await search(each, found)
-        sync = asyncio.create_task(each.sync())
+            figures[f"search {name}"] = await search(each, responses)
         with batches.again(each):
             figures[f"train {name}"] = await train(each, updates)
-        sync.cancel()
-        each.synced.set()
     alone = max(figures["search alone"], figures["train alone"])
     alternately = figures["search alternately"] + figures["train alternately"]
     return figures | {"overlap_efficiency": alone / together, "speedup": alternately / together}
@@ -56,7 +53,7 @@ async def main(arguments: list[str] | None = None) -> None:
     wanted, settings = commands.parse_known_args(arguments)
     async with contextlib.AsyncExitStack() as runs:
         run = await runs.enter_async_context(session(*settings))
-        shared = run.train_device != "cpu"  # a GPU is not divided by cores
+        shared = run.setup.train_device != "cpu"  # a GPU is not divided by cores
         other = run if shared else await runs.enter_async_context(session(*settings, every_core=True))
         repeats = [await repeat(run, other, wanted.updates) for _ in range(wanted.repeats)]
     table(repeats, wanted.json)

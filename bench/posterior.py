@@ -29,9 +29,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from bench.runs import at_least
-from buffer import Buffer, Group, Trajectory
-from loss import IMPORTANCE_WEIGHTED, OBJECTIVES
+from bench.table import at_least
+from buffer import Buffer, Group, Response
+from config import Config
+from loss import OBJECTIVES
 
 END, LETTERS, LONGEST = 0, (1, 2, 3), 4
 PROMPTS = [np.array(prompt, dtype=np.int32) for prompt in ([1, 2], [3, 1])]
@@ -94,14 +95,14 @@ class World:
         for i, prompt in enumerate(PROMPTS):
             weights = behaviour[i].sum(-1).exp().numpy()
             drawn = rng.choice(len(RESPONSES), count, p=weights / weights.sum())
-            groups.append(Group(i, prompt, [self.trajectory(i, j, behaviour) for j in drawn]))
+            groups.append(Group(i, prompt, [self.response(i, j, behaviour) for j in drawn]))
         return groups
 
-    def trajectory(self, i: int, j: int, behaviour: torch.Tensor) -> Trajectory:
-        """Response j to prompt i, as the searcher would have noted it."""
+    def response(self, i: int, j: int, behaviour: torch.Tensor) -> Response:
+        """Response j to prompt i, as the searcher would return it, with its reward."""
         y = RESPONSES[j]
         logprobs = behaviour[i, j, : len(y)].float().numpy()
-        return Trajectory(np.array(y, dtype=np.int32), y[-1] == END, float(self.rewards[i, j]), 0, logprobs)
+        return Response(np.array(y, dtype=np.int32), y[-1] == END, reward=self.rewards[i, j].item(), logprobs=logprobs)
 
 
 def make_model(seed: int, folder: str) -> None:
@@ -118,14 +119,14 @@ def make_model(seed: int, folder: str) -> None:
 
 def train(name: str, data: str, staleness: int, seed: int, updates: int = UPDATES) -> dict[str, float]:
     """Train with an objective on "policy" data so many updates old, or on "uniform" data; the distance to pi*."""
-    from trainer import Trainer
+    from train.trainer import Trainer
 
     torch.set_num_threads(1)
-    loss, ratio = name.removesuffix("_no_ratio"), not name.endswith("_no_ratio")
+    config = Config(loss=name.removesuffix("_no_ratio"), importance_ratio=not name.endswith("_no_ratio"))
     world, rng = World(seed), np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as folder:
         make_model(seed, folder)
-        trainer = Trainer(folder, OBJECTIVES[loss], "cpu", on_policy=not (ratio and loss in IMPORTANCE_WEIGHTED))
+        trainer = Trainer(folder, config, "cpu")
     reference = world.logprobs(trainer.reference)
     past = deque([reference], maxlen=staleness + 1)  # the policy after each of the last updates
     fixed = Buffer(capacity=len(RESPONSES), seed=seed)
@@ -135,7 +136,7 @@ def train(name: str, data: str, staleness: int, seed: int, updates: int = UPDATE
     for step in range(updates):
         groups = fixed.sample(len(PROMPTS), K, 0.0) if data == "uniform" else world.groups(past[0], rng, K)
         lr = LR * min((step + 1) / WARM_UP, 1 - step / updates)
-        trainer.update(groups, BETA, lr)
+        trainer.update(groups, lr=lr, beta=BETA)
         if data == "policy":
             past.append(world.logprobs(trainer.policy))
     return world.distance(world.logprobs(trainer.policy), reference)

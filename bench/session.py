@@ -1,107 +1,101 @@
-"""A run of the main job in this process, started and idle, that a benchmark puts to work a piece at a time."""
+"""The parts of a run in this process, started and idle, that a benchmark puts to work a piece at a time."""
 
 import asyncio
 import contextlib
 import os
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from buffer import Group
-from config import parse
-from machine import confined, pin
-from run import Run
+from buffer import Group, Response
+from run.cli import parse
+from run.devices import cpu_affinity
+from run.setup import prepare
+from tba import TBA, started
 
 ENDLESS = 10**9
-QUIET = "--eval-every", "0", "--eval-prompts", "0", "--save-every", "0"  # nothing but search, training and sync
-FREE = "--search-ahead", str(ENDLESS), "--steps", "1"  # neither waits for the other; `train` says how many steps
+QUIET = "--eval-every", "0", "--eval-prompts", "0", "--save-every", "0"  # only search, training and syncs
+FREE = "--search-ahead", str(ENDLESS), "--steps", "1"  # neither waits for the other; `train` sets the number of steps
 
 
 @contextlib.asynccontextmanager
-async def session(*settings: str, every_core: bool = False) -> AsyncIterator[Run]:
-    """A run with these settings, its engines started, ended when the block is left.
+async def session(*settings: str, every_core: bool = False) -> AsyncIterator[TBA]:
+    """A run with these settings, its engines started and synced, ended when the block is left.
 
     Args:
-        every_core: of a CPU, for search as for training; else each has its own, as the main job gives them out.
+        settings: of tba.py.
+        every_core: of the CPU, for search as for training; else each has its own, as in any run.
     """
     with tempfile.TemporaryDirectory() as out:
-        run = Run(parse([*QUIET, *FREE, *settings, "--out", str(Path(out) / "run")]))
+        setup = prepare(parse([*QUIET, *FREE, *settings, "--out", str(Path(out) / "run")]))
         if every_core:
-            run.train_cores = run.search_cores = os.sched_getaffinity(0)
-            run.train_thread = ThreadPoolExecutor(1, "train", pin, (run.train_cores,))
-        run.open()
-        try:
-            await run.start()
-            run.log.start_clock()
+            setup.train_cores = setup.search_cores = cores = frozenset(os.sched_getaffinity(0))
+            setup.engines = [replace(each, cores=cores, threads=len(cores)) for each in setup.engines]
+        setup.open()
+        async with started(setup) as run, asyncio.TaskGroup() as run.group:
+            await run.sync(await run.stage())
+            run.metrics.start_clock()
             yield run
-        finally:
-            run.end()
 
 
 @contextlib.asynccontextmanager
-async def searching(run: Run, warm: int | None = None) -> AsyncIterator[None]:
-    """Search and sync, going on as long as the block; it begins once so many responses are found (default: as many as
-    are in flight at a time), and there are enough to train on."""
-    goal = run.searched + (run.searcher.slots if warm is None else warm)
-    with confined(run.loop_cores):
-        tasks = [asyncio.create_task(run.search()), asyncio.create_task(run.sync())]
+async def searching(run: TBA, warm: int | None = None) -> AsyncIterator[None]:
+    """Search during the block, which begins when there is enough to train on, and `warm` responses have been stored
+    (default: as many as are in flight at a time)."""
+    goal = run.progress.responses + (run.searcher.slots if warm is None else warm)
+    with cpu_affinity(run.setup.loop_cores):
+        task = run.group.create_task(run.search())
         try:
-            while run.searched < goal or not run.primed.is_set():
-                await asyncio.sleep(0.002)
-                for task in tasks:
-                    if task.done():
-                        task.result()
+            await run.until(lambda: run.progress.responses >= goal and run.primed())
             yield
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-            run.synced.set()
+            task.cancel()
+            await asyncio.wait({task})
+            run.sampler.in_flight.clear()
 
 
-async def search(run: Run, responses: int) -> float:
-    """Seconds until so many responses more are in the buffer, inside of `searching`."""
-    began, before = time.perf_counter(), run.searched
-    while run.searched < before + responses:
-        await asyncio.sleep(0.002)
-    return (time.perf_counter() - began) * responses / (run.searched - before)
+async def search(run: TBA, responses: int) -> float:
+    """Seconds until so many more responses are stored, inside of `searching`."""
+    began, before = time.perf_counter(), run.progress.responses
+    await run.until(lambda: run.progress.responses >= before + responses)
+    return (time.perf_counter() - began) * responses / (run.progress.responses - before)
 
 
-async def train(run: Run, updates: int) -> float:
-    """Seconds that so many updates take."""
-    run.config = replace(run.config, steps=run.step + updates)
+async def train(run: TBA, updates: int) -> float:
+    """Seconds that so many updates take, with the syncs that they start."""
+    run.config = replace(run.config, steps=run.progress.step + updates)
     began = time.perf_counter()
     await run.train()
-    return time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    await asyncio.wait({run.syncing})
+    return seconds
 
 
 @contextlib.asynccontextmanager
-async def training(run: Run) -> AsyncIterator[None]:
-    """Updates, going on as long as the block, inside of `searching`."""
+async def training(run: TBA) -> AsyncIterator[None]:
+    """Update after update during the block, inside of `searching`."""
     run.config = replace(run.config, steps=ENDLESS)
-    task = asyncio.create_task(run.train())
+    task = run.group.create_task(run.train())
     try:
         yield
     finally:
         task.cancel()
         await asyncio.wait({task})
-        if not task.cancelled():
-            task.result()
+        await asyncio.wait({run.syncing})
 
 
 class Batches:
-    """What a run was trained on, to train on it once more: the same groups, the same of them new to the reference."""
+    """The batches of some updates, to train on them again: the same groups, the same of them new to the reference."""
 
     def __init__(self):
         self.batches: list[list[Group]] = []
-        self.new: list[list] = []  # responses of each batch that had to be scored
+        self.new: list[list[Response]] = []  # of each batch, those that the reference had to score
 
     @contextlib.contextmanager
-    def recorded(self, run: Run):
-        """Note what is sampled."""
+    def recorded(self, run: TBA) -> Iterator[None]:
+        """Note what is sampled during the block."""
 
         def sample(*arguments) -> list[Group]:
             groups, version = type(run.buffer).sample(run.buffer, *arguments), run.trainer.ref_version
@@ -114,8 +108,8 @@ class Batches:
             yield
 
     @contextlib.contextmanager
-    def again(self, run: Run):
-        """Let the same be sampled, in the same order."""
+    def again(self, run: TBA) -> Iterator[None]:
+        """Let the same be sampled during the block, in the same order."""
         batches = iter(zip(self.batches, self.new, strict=True))
 
         def sample(*_) -> list[Group]:
@@ -125,12 +119,11 @@ class Batches:
             return groups
 
         with _sampling(run, sample):
-            run.primed.set()
             yield
 
 
 @contextlib.contextmanager
-def _sampling(run: Run, sample: Callable):
+def _sampling(run: TBA, sample: Callable) -> Iterator[None]:
     vars(run.buffer)["sample"] = sample  # in front of the class's
     try:
         yield

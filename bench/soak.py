@@ -22,16 +22,17 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-from bench.runs import PROJECT, at_least
-from checkpoint import by_step, newest
-from searcher import DEATHS
+from bench.table import PROJECT, at_least
+from run.checkpoint import by_step, newest
+from search.searcher import MAX_DEATHS
 
 TASK = Path(__file__).with_name("soak_task.py")
 SAVE_EVERY = 50
-GROUP = 16  # responses that a search finds for a prompt
+GROUP = 16  # responses that are generated for a prompt
 FAULTS = {"kill": 3, "stop": 1, "truncate": 1, "engine": 3, "disk": 2}  # how often each, in proportion
 
 
@@ -48,9 +49,8 @@ class Soak:
         self.out, self.chance = out, random.Random(seed)
         self.faults: Counter[str] = Counter()
         self.recoveries: Counter[str] = Counter()
-        self.updates_lost = 0
+        self.updates_lost = self.responses_lost = 0
         self.memory: list[tuple[float, float]] = []  # (the program, its engine) in MiB
-        self.engine_deaths = 0  # of this process, which ends at the fourth in ten minutes
         self.printed = (out.parent / "printed.log").open("w")
         self.command = [
             *(sys.executable, "tba.py", "--task", TASK, "--resume", "auto", "--out", out, "--steps", 10**6),
@@ -61,13 +61,15 @@ class Soak:
 
     def start(self) -> None:
         """Give the command, and wait until it trains."""
-        before, self.engine_deaths = self.last_step(), 0
+        _, saved = newest(self.out) or (None, dict[str, Any](step=0, time=0.0))
+        searches = [row for row in self.rows("timeline") if row["what"] == "search" and row["end"] > saved["time"]]
+        self.updates_lost += max(0, self.last_step() - saved["step"])
+        self.responses_lost += GROUP * len(searches)
+        self.engine_deaths = 0  # of this process, which ends at the fourth in ten minutes
         self.process = subprocess.Popen(
             [*map(str, self.command)], cwd=PROJECT, stdout=self.printed, stderr=subprocess.STDOUT
         )
-        saved = newest(self.out)
-        self.updates_lost += max(0, before - (saved[1]["step"] if saved else 0))
-        while self.last_step() <= (saved[1]["step"] if saved else 0) or not self.engine():
+        while not self.engine() or self.last_step() <= saved["step"]:
             self.check()
             time.sleep(0.2)
 
@@ -80,19 +82,21 @@ class Soak:
             last = Path(self.printed.name).read_text().replace("\r", "\n")[-6000:]
             raise RuntimeError(f"it ended with {self.process.returncode}:\n{last}")
 
+    def rows(self, name: str) -> list[dict]:
+        """The rows of one of its files, but for a last one that is incomplete."""
+        path = self.out / f"{name}.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
     def last_step(self) -> int:
         """The step of its newest update."""
-        path = self.out / "metrics.jsonl"
-        rows = path.read_text().splitlines() if path.is_file() else []
-        with contextlib.suppress(ValueError):
-            return json.loads(rows[-1])["step"] if rows else 0
-        return json.loads(rows[-2])["step"]
+        return max((row["step"] for row in self.rows("metrics")), default=0)
 
     def engine(self) -> int:
-        """The process of its engine; 0: there is none."""
-        for process in psutil.process_iter(["name"]):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if "Engine" in process.info["name"] and self.process.pid in [each.pid for each in process.parents()]:
+        """The process of its engine, which its fork server has started; 0: there is none."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                if process.ppid() != self.process.pid:
                     return process.pid
         return 0
 
@@ -110,7 +114,7 @@ class Soak:
         """One fault, and what it takes to go on."""
         (fault,) = self.chance.choices([*FAULTS], [*FAULTS.values()])
         if fault == "engine":
-            fault = fault if self.engine_deaths < DEATHS else "kill"
+            fault = fault if self.engine_deaths < MAX_DEATHS else "kill"
             self.engine_deaths += 1
         self.faults[fault] += 1
         step = self.last_step()
@@ -148,11 +152,9 @@ class Soak:
         """Stop the run, see that all is there, and say what was."""
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(60)
-        rows = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        rows = self.rows("metrics")
         updates = [row for row in rows if "loss" in row]
         steps = [row["step"] for row in updates]
-        undone = self.out / "undone" / "timeline.jsonl"
-        searches = undone.read_text().count('"search"') if undone.is_file() else 0
         return {
             "exit_code": code,
             "updates": len(steps),
@@ -162,7 +164,7 @@ class Soak:
             | {"rewards": updates[-1]["reward_failures"], "overflows": updates[-1]["skipped"]},
             "recoveries": dict(self.recoveries),
             "updates_lost": self.updates_lost,
-            "responses_lost": searches * GROUP,
+            "responses_lost": self.responses_lost,
             "memory_mib_start": [round(each) for each in self.memory[0]],
             "memory_mib_end": [round(each) for each in self.memory[-1]],
             "buffer_responses": updates[-1]["buffer_size"],

@@ -9,25 +9,20 @@
 first_update        until the first update is in metrics.jsonl, which is the sum of
 imports             Python, PyTorch, transformers, the problems
 policy              loading policy and reference
-engine              vLLM: its import, the start of its process, the model, the first weights, the comparison
+engine              vLLM: what is left of its import, its process, the model, the first weights, the comparison
 priming             searching the responses that training starts with, and the update
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from bench.runs import PROJECT, parser, table
+from bench.table import PROJECT, parser, table
 
-ENDS = {  # a part: how the line begins and ends that is printed when it is over
-    "imports": ("loading policy", "..."),
-    "policy": ("starting vLLM", "..."),
-    "engine": ("starting vLLM", " s"),
-}
+ENDS = {"imports": "loading the policy", "policy": "starting vLLM"}  # a part: what is printed when it is over
 
 
 def start(settings: list[str]) -> dict[str, float]:
@@ -37,24 +32,32 @@ def start(settings: list[str]) -> dict[str, float]:
         RuntimeError: the run failed; shows what it printed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
+        out, printed = Path(folder) / "run", Path(folder) / "printed"
         command = [sys.executable, "tba.py", "--steps", "1", "--eval-prompts", "0", *settings, "--out", str(out)]
-        began, at, printed = time.perf_counter(), {}, []
-        with subprocess.Popen(
-            command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        ) as process:  # fmt: skip
-            for line in process.stdout:
-                printed.append(line)
-                for part, (first, last) in ENDS.items():
-                    if line.startswith(first) and line.rstrip().endswith(last):
-                        at[part] = time.perf_counter() - began
+        at: dict[str, float] = {}  # when a part was over
+        began = time.perf_counter()
+        with printed.open("w") as file:
+            process = subprocess.Popen(command, cwd=PROJECT, stdout=file, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            text = printed.read_text()
+            new = {part: time.perf_counter() - began for part, line in ENDS.items() if line in text}
+            if updates(out):
+                new["first_update"] = time.perf_counter() - began
+            at = new | at
+            time.sleep(0.005)
         if process.returncode:
-            raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{''.join(printed)}")
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    parts = {"imports": at["imports"], "policy": at["policy"] - at["imports"], "engine": at["engine"] - at["policy"]}
-    parts["priming"] = next(row["time"] for row in rows if "loss" in row)
-    return {"first_update": sum(parts.values())} | parts
+            raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{printed.read_text()}")
+        (update,) = updates(out)
+    parts = {"imports": at["imports"], "policy": at["policy"] - at["imports"]}
+    parts["engine"] = at["first_update"] - update["time"] - at["policy"]
+    return {"first_update": at["first_update"]} | parts | {"priming": update["time"]}
+
+
+def updates(out: Path) -> list[dict]:
+    """The rows of the updates of a run, which may not have begun."""
+    metrics = out / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    return [row for row in rows if "loss" in row]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,13 +13,12 @@ packed_*            one update (a group of 20 responses; 16 of 16 where it says 
 utilization         6 x parameters x tokens over the time of an update on 20 x (120 + 512) tokens, as a share of what a
                     large matrix product reaches; reference scores are known. On a GPU with each --optimizer
 peak_gib_*          at 1.1B with a vocabulary of 150,000, what an update of those tokens takes beside weights, reference
-                    and optimiser state, by --activation-memory-budget; without a GPU estimated by rehearsal.py
+                    and optimiser state, by --activation-memory-budget; without a GPU what tools/plan.py estimates
 """
 
 import asyncio
 import contextlib
-import multiprocessing
-import pickle
+import dataclasses
 import time
 from collections.abc import Iterator
 
@@ -28,15 +27,13 @@ import torch
 from transformers import LlamaConfig
 
 from bench.lengths_task import SIZES
-from bench.runs import at_least, parser, table
 from bench.session import Batches, searching, session, train
-from buffer import Group, Trajectory
+from bench.table import at_least, parser, table
+from buffer import Group, Response
 from config import Config
-from loss import tb
-from machine import pin
-from optimizer import OPTIMIZERS
-from rehearsal import rehearse
-from trainer import Trainer
+from search.engine import context, pin_thread
+from tools.plan import estimate
+from train.trainer import Trainer
 
 LENGTHS = {  # prompts a batch, responses each, prompt, mean and standard deviation of the responses, in tokens
     "gsm8k": (1, 20, 120, 200, 80),
@@ -47,6 +44,7 @@ LENGTHS = {  # prompts a batch, responses each, prompt, mean and standard deviat
 }
 PARTS = "beside", "lengths", "utilization", "memory"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OPTIMIZERS = ("adamw", "adamw_bf16", "adamw_8bit") if DEVICE == "cuda" else ("adamw",)
 BUDGETS = 1.0, 0.8, 0.4
 WARM = 3  # updates that are not counted
 
@@ -57,13 +55,13 @@ def llama(size: str, **settings) -> LlamaConfig:
 
 
 def groups(B: int, K: int, prompt: int, mean: int, spread: int, vocabulary: int, seed: int = 0) -> list[Group]:
-    """Of random tokens, with known reference scores."""
+    """Of random tokens, with the reference's log-probabilities."""
     rng = np.random.default_rng(seed)
 
-    def response() -> Trajectory:
+    def response() -> Response:
         length = int(np.clip(rng.normal(mean, spread), 4, 2 * mean))
         tokens = rng.integers(1, vocabulary, length, dtype=np.int32)
-        return Trajectory(tokens, True, rng.random(), 0, ref_logprobs=np.full(length, -5.0, np.float32))
+        return Response(tokens, True, reward=rng.random(), ref_logprobs=np.full(length, -5.0, np.float32))
 
     return [
         Group(i, rng.integers(1, vocabulary, prompt, dtype=np.int32), [response() for _ in range(K)]) for i in range(B)
@@ -73,7 +71,7 @@ def groups(B: int, K: int, prompt: int, mean: int, spread: int, vocabulary: int,
 def seconds(trainer: Trainer, batch: list[Group], share: bool | None = None) -> float:
     """Of an update, with shared prompts, without, or as the trainer chooses."""
     if share is not None:
-        vars(trainer)["shares"] = lambda _: share  # in front of the class's
+        vars(trainer)["shares_prompts"] = lambda _: share  # in front of the class's
     try:
         wait()
         began = time.perf_counter()
@@ -81,7 +79,7 @@ def seconds(trainer: Trainer, batch: list[Group], share: bool | None = None) -> 
         wait()
         return time.perf_counter() - began
     finally:
-        vars(trainer).pop("shares", None)
+        vars(trainer).pop("shares_prompts", None)
 
 
 def wait() -> None:
@@ -106,7 +104,7 @@ def peak_flops() -> float:
 
 def lengths(size: str, repeats: int) -> Iterator[dict[str, float]]:
     """Packed against padded rows."""
-    trainer = Trainer(llama(size), tb, DEVICE)
+    trainer = Trainer(llama(size), Config(), DEVICE)
     batches = {name: groups(*shape, SIZES[size]["vocab_size"]) for name, shape in LENGTHS.items()}
     for batch in batches.values():
         for share in (True, False):
@@ -117,7 +115,7 @@ def lengths(size: str, repeats: int) -> Iterator[dict[str, float]]:
         for name, batch in batches.items():
             taken = {share: seconds(trainer, batch, share) for share in (True, False)}
             figures[f"packed_{name}"] = taken[False] / taken[True]
-            figures[f"chosen_{name}"] = taken[False] / taken[trainer.shares(batch)]
+            figures[f"chosen_{name}"] = taken[False] / taken[trainer.shares_prompts(batch)]
         yield figures
 
 
@@ -125,10 +123,10 @@ def utilization(size: str, repeats: int) -> Iterator[dict[str, float]]:
     """Of an update."""
     batch = groups(*LENGTHS["long"], SIZES[size]["vocab_size"])
     found: list[dict[str, float]] = [{} for _ in range(repeats)]
-    for optimizer in OPTIMIZERS if DEVICE == "cuda" else OPTIMIZERS[:1]:
-        trainer = Trainer(llama(size), tb, DEVICE, optimizer=optimizer)
+    for optimizer in OPTIMIZERS:
+        trainer = Trainer(llama(size), Config(optimizer=optimizer), DEVICE)
         for _ in range(WARM):
-            tokens = trainer.update(batch, beta=0.05, lr=0.0)["tokens"]
+            tokens = trainer.update(batch, beta=0.05, lr=0.0).result()["tokens"]
         for figures in found:
             flops = 6 * trainer.parameters * tokens / seconds(trainer, batch)
             figures[f"utilization_{optimizer}"] = flops / peak_flops()
@@ -136,38 +134,42 @@ def utilization(size: str, repeats: int) -> Iterator[dict[str, float]]:
     yield from found
 
 
-def memory(budget: float) -> float:
+def memory() -> dict[str, float]:
     """GiB of an update at 1.1B with a vocabulary of 150,000."""
-    config = llama("1.1B", vocab_size=150_000)
+    model = llama("1.1B", vocab_size=150_000)
     B, K, prompt, length, _ = LENGTHS["long"]
     if DEVICE == "cpu":
-        settings = Config(
-            prompts_per_step=B, responses_per_prompt=K, max_tokens=length, activation_memory_budget=budget
-        )
-        needs = rehearse(config, settings, prompt, K * (prompt + length), gpu=True)
-        return (needs.policy + needs.activations) / 2**30
-    torch._dynamo.reset()  # what was compiled for another budget
-    trainer = Trainer(config, tb, DEVICE, activation_memory_budget=budget)
-    batch = groups(*LENGTHS["long"], 150_000)
-    for _ in range(WARM):
+        config = Config(prompts_per_step=B, responses_per_prompt=K, max_tokens=length)
+        needs = estimate(model, config, prompt, cuda=True)
+        return {"peak_gib_at_most": (needs.policy + needs.activations) / 2**30}
+    figures = {}
+    for budget in BUDGETS:
+        torch._dynamo.reset()  # what was compiled for another budget
+        trainer = Trainer(model, Config(activation_memory_budget=budget), DEVICE)
+        batch = groups(*LENGTHS["long"], 150_000)
+        for _ in range(WARM):
+            trainer.update(batch, beta=0.05, lr=0.0)
+        wait()
+        held = torch.cuda.memory_allocated()  # gradients are gone
+        torch.cuda.reset_peak_memory_stats()
+        for response in batch[0].responses:
+            response.ref_logprobs = None  # is computed beside
         trainer.update(batch, beta=0.05, lr=0.0)
-    wait()
-    held = torch.cuda.memory_allocated()  # gradients are gone
-    torch.cuda.reset_peak_memory_stats()
-    for response in batch[0].responses:
-        response.ref_logprobs = None  # is computed beside
-    trainer.update(batch, beta=0.05, lr=0.0)
-    wait()
-    return (torch.cuda.max_memory_allocated() - held) / 2**30
+        wait()
+        figures[f"peak_gib_{budget}"] = (torch.cuda.max_memory_allocated() - held) / 2**30
+        del trainer
+    return figures
 
 
 async def beside(repeats: int, updates: int, settings: list[str]) -> list[dict[str, float]]:
     """A trainer in this process, which searches too, against one in a process of its own."""
     found = []
     async with session(*settings) as run:
-        here, there = multiprocessing.Pipe()
-        arguments = there, run.model, run.train_device, run.train_cores, run.config.temperature
-        child = multiprocessing.get_context("spawn").Process(target=alone, args=arguments, daemon=True)
+        here, there = context.Pipe()
+        # Not a task's own kind of settings: the process may not find its file.
+        config = Config(**{field.name: getattr(run.config, field.name) for field in dataclasses.fields(Config)})
+        arguments = there, run.setup.model, config, run.setup.train_device, run.setup.train_cores
+        child = context.Process(target=alone, args=arguments, daemon=True)
         child.start()
         there.close()
         async with searching(run):
@@ -176,7 +178,7 @@ async def beside(repeats: int, updates: int, settings: list[str]) -> list[dict[s
                 batches = Batches()
                 with batches.recorded(run):
                     together = await train(run, updates)
-                here.send_bytes(pickle.dumps((batches.batches, batches.new)))
+                await asyncio.to_thread(here.send, (batches.batches, batches.new))
                 apart = await asyncio.to_thread(here.recv)
                 found.append({"beside_search": apart / together})
         here.close()  # which ends it
@@ -184,14 +186,14 @@ async def beside(repeats: int, updates: int, settings: list[str]) -> list[dict[s
     return found
 
 
-def alone(connection, model: str, device: str, cores: set[int], temperature: float) -> None:
-    """The trainer's process: trains on what comes, and says how long it took."""
-    pin(cores)
-    trainer = Trainer(model, tb, device, temperature)
+def alone(pipe, model: str, config: Config, device: str, cores: frozenset[int]) -> None:
+    """The trainer's process: trains on what comes, and answers with the seconds that it took."""
+    pin_thread(cores)
+    trainer = Trainer(model, config, device)
     rounds = 2  # the first is not counted
     with contextlib.suppress(EOFError):
         while True:
-            batches, new = pickle.loads(connection.recv_bytes())
+            batches, new = pipe.recv()
             for _ in range(rounds):
                 began = time.perf_counter()
                 for batch, unscored in zip(batches, new, strict=True):
@@ -200,7 +202,7 @@ def alone(connection, model: str, device: str, cores: set[int], temperature: flo
                     trainer.update(batch, beta=0.05, lr=1e-6)
                 wait()
             rounds = 1
-            connection.send(time.perf_counter() - began)
+            pipe.send(time.perf_counter() - began)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -224,8 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
     if "utilization" in wanted.parts:
         add(utilization(wanted.size, wanted.repeats))
     if "memory" in wanted.parts:
-        name = "peak_gib" if DEVICE == "cuda" else "peak_gib_estimated"
-        add([{f"{name}_{budget}": memory(budget) for budget in BUDGETS}] * wanted.repeats)
+        add([memory()] * wanted.repeats)
     table(found, wanted.json)
 
 

@@ -6,7 +6,7 @@
     python -m bench.vs_trl --speed              for a GPU: responses a second, on the lengths of GSM8K and TL;DR
     python -m bench.vs_trl --json               prints, last, all figures as one JSON object
 
-Both use both cores as they see fit, and both get a clock of training: from when searching begins, without loading,
+Both use both cores as they see fit, and both get a clock of training: from when search begins, without loading,
 compiling and evaluating. Every half second the policy is set aside; afterwards each is asked for 8 responses to each of
 800 held-out problems that neither has seen. `seconds` is the clock of the first policy with a pass@1 of 0.50 that those
 of the next two seconds have too; `distinct` is how many different right answers it gives a problem. TRL (in .venv-trl,
@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tasks
 from bench.lengths_task import folder
-from bench.runs import PROJECT, at_least, median_and_range, parser, show, table
 from bench.session import searching, session, train, training
-from config import parse
-from run import in_thread
-from searcher import Response
+from bench.table import PROJECT, at_least, median_and_range, parser, show, table
+from buffer import Response
+from run.cli import parse
 from tasks import countdown
 
 OURS = (
@@ -75,18 +74,15 @@ async def ours(seed: int, seconds: float, settings: list[str]) -> list[Policy]:
     policies: list[Policy] = []
     async with session("--seed", str(seed), *OURS, *settings) as run:
 
-        def weights() -> Policy:  # between two updates
+        def policy() -> Policy:  # between two updates
             copies = {name: weight.detach().clone() for name, weight in run.trainer.policy.state_dict().items()}
-            return Policy(time.perf_counter() - began, run.step, copies)
+            return Policy(time.perf_counter() - began, run.progress.step, copies)
 
         began = time.perf_counter()
-        async with searching(run, warm=0):
-            training = asyncio.create_task(run.train())
-            while not training.done() and time.perf_counter() - began < seconds:
+        async with searching(run, warm=0), training(run):
+            while time.perf_counter() - began < seconds:
                 await asyncio.sleep(max(0.0, began + EVERY * (len(policies) + 1) - time.perf_counter()))
-                policies.append(await in_thread(run.train_thread, weights))
-            training.cancel()
-            await asyncio.wait({training})
+                policies.append(await run.in_trainer(policy))
     return policies
 
 
@@ -123,10 +119,11 @@ async def our_speed(model: str, prompt: int, response: int, seconds: float) -> f
     async with session(*lengths) as run, searching(run):
         await train(run, WARM)
         async with training(run):
-            searched, step, began = run.searched, run.step, time.perf_counter()
-            while (passed := time.perf_counter() - began) < seconds or run.step == step:
+            before, began = replace(run.progress), time.perf_counter()
+            while (passed := time.perf_counter() - began) < seconds or run.progress.step == before.step:
                 await asyncio.sleep(0.01)
-            return min(run.searched - searched, (run.step - step) * B * K) / passed
+            trained_on = (run.progress.step - before.step) * B * K
+            return min(run.progress.responses - before.responses, trained_on) / passed
 
 
 def trl_speed(model: str, prompt: int, response: int, seconds: float) -> float:
@@ -193,7 +190,7 @@ class Exam:
         answers = []
         for i, problem in enumerate(self.problems):
             samples = [
-                Response(np.array([]), True, None, text, countdown.reward(text, problem.answer))
+                Response(np.array([]), True, text=text, reward=countdown.reward(text, problem.answer))
                 for text in texts[i * SAMPLES : (i + 1) * SAMPLES]
             ]
             answers.append(tasks.Answered(problem, np.array([]), samples[0], samples))

@@ -1,34 +1,19 @@
-"""An objective of one's own: trajectory balance in which one response that is far off cannot outweigh the others.
+"""Trajectory balance with Huber's loss: one response that is far off cannot outweigh the others.
 
-python -m examples.tb_huber --loss tb_huber
+python tba.py --loss examples/tb_huber.py:tb_huber
 """
 
-import sys
+from torch.nn.functional import huber_loss
 
-import loss
-import tba
+from loss import objective
 
-DELTA = 5.0  # nats, from which on the loss grows linearly
+DELTA = 5.0  # nats
 
 
+@objective(needs_beta=True, has_gamma=True)
 def tb_huber(batch, beta):
-    """`loss.tb` with Huber's loss in place of the square: the same where |log Z + d| is below DELTA.
-
-    >>> import torch
-    >>> one, mask = torch.tensor([[[-1.0], [-2.0]]]), torch.ones(1, 2, 1)
-    >>> near, far = (loss.Batch(one, one, one, mask, torch.tensor([[r, 0.0]])) for r in (1.0, 100.0))
-    >>> tb_huber(near, beta=0.5), loss.tb(near, beta=0.5)
-    (tensor(0.2500), tensor(0.2500))
-    >>> tb_huber(far, beta=0.5), loss.tb(far, beta=0.5)
-    (tensor(243.7500), tensor(2500.))
-    """
+    """`loss.tb` where d is within DELTA of -log Z, linear beyond. Logs `far_off`, the share of responses beyond."""
     d_BK = (batch.logprobs_BKT - batch.ref_BKT).sum(-1) - batch.rewards_BK / beta
-    off_BK = (d_BK - d_BK.detach().mean(dim=1, keepdim=True)).abs()
-    return beta * (off_BK.clamp(max=DELTA).square() / 2 + DELTA * (off_BK - DELTA).clamp(min=0)).mean()
-
-
-loss.OBJECTIVES["tb_huber"] = tb_huber
-loss.NEED_BETA.add("tb_huber")
-
-if __name__ == "__main__":
-    sys.exit(tba.main())
+    minus_log_Z_BK = d_BK.detach().mean(dim=1, keepdim=True).expand_as(d_BK)
+    far_off = (d_BK - minus_log_Z_BK).abs() > DELTA
+    return beta * huber_loss(d_BK, minus_log_Z_BK, delta=DELTA), {"far_off": far_off.float().mean()}

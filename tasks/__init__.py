@@ -1,4 +1,4 @@
-"""Tasks: what is asked, and what an answer is worth. One file each, with a class `Task` in it.
+"""Tasks: problems, and the rewards of responses to them. One file each, with a class `Task` in it.
 
     class Task(tasks.Task):
         Settings                        a subclass of `config.Config`: the task's defaults, and settings of its own
@@ -9,24 +9,26 @@ That is all that is needed. The other methods of the base class have a default e
 first, and the README has a whole task to copy; `--task path/to/file.py` trains on yours.
 """
 
+import contextlib
 import importlib
 import importlib.util
-import pkgutil
 import sys
-from collections.abc import Awaitable, Sequence
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from buffer import Response
 from config import Config
-from searcher import Response
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A prompt, and what `reward` needs to judge a response to it."""
+    """A prompt, and what `reward` needs to score a response to it."""
 
     prompt: str | list[dict[str, str]]  # text as it is, or the messages of a chat for the model's chat template
     answer: Any = None
@@ -51,7 +53,7 @@ class Task:
     """
 
     Settings: type[Config] = Config
-    best = "pass@1"  # the figure of `evaluate` that tells the best checkpoint, the higher the better
+    best = "pass@1"  # the figure of `evaluate` by which the best checkpoint is chosen, the higher the better
     evaluation_logprobs = False  # whether `evaluate` reads the samples' `logprobs`
 
     def __init__(self, config: Config, tokenizer):
@@ -71,15 +73,6 @@ class Task:
         """
         raise NotImplementedError
 
-    async def start(self, devices: Sequence[str], cores: set[int], log: Path) -> None:
-        """Load what the reward needs beside the engines, which have started; what it prints may go to the file `log`.
-
-        Args:
-            devices: that search.
-            cores: the CPU cores that search.
-            log: a file.
-        """
-
     def reward(self, problem: Problem, responses: list[Response]) -> Sequence[float] | Awaitable[Sequence[float]]:
         """The rewards of the responses to one problem, in their order.
 
@@ -89,15 +82,24 @@ class Task:
         raise NotImplementedError
 
     async def embed(self, responses: list[Response]) -> np.ndarray:
-        """Embeddings of length 1 [N, D]: what `--near-duplicates cosine` compares."""
+        """Embeddings of length 1 [N, D], by which `--near-duplicates cosine` compares responses."""
         raise NotImplementedError
 
     def evaluate(self, answers: list[Answered]) -> dict[str, float] | Awaitable[dict[str, float]]:
         """Figures of an evaluation; may be `async`."""
         return accuracy(answers)
 
-    def end(self) -> None:
-        """Give back what `start` took."""
+    @contextlib.asynccontextmanager
+    async def serving(self, setup: Any) -> AsyncIterator[None]:
+        """Load what the reward needs beside the engines, which have started, and give it back when the run ends.
+
+        `reward`, `embed` and `evaluate` are called inside only.
+
+        Args:
+            setup: the run's `Setup`; search_devices (list of str), search_cores (set of CPU cores) and out, the run's
+                folder, are what a task may want.
+        """
+        yield
 
 
 def accuracy(answers: list[Answered]) -> dict[str, float]:
@@ -110,7 +112,7 @@ def accuracy(answers: list[Answered]) -> dict[str, float]:
         other than 0 and 1, `reward`, their mean over the samples.
 
     >>> def sample(text, reward):
-    ...     return Response(np.array([1]), True, None, text=text, reward=reward)
+    ...     return Response(np.array([1]), finished=True, text=text, reward=reward)
     >>> four = [sample("1+2", 1.0), sample("1+2 ", 1.0), sample("1-2", 0.0), sample("2+1", 1.0)]
     >>> accuracy([Answered(Problem("3:"), np.array([1]), four[0], four)])
     {'greedy': 1.0, 'pass@1': 0.75, 'pass@k': 1.0, 'distinct': 2.0, 'truncated': 0.0}
@@ -130,8 +132,9 @@ def accuracy(answers: list[Answered]) -> dict[str, float]:
 
 
 def names() -> list[str]:
-    """The tasks that come with the project."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    """The tasks that come with the project: the files beside this one that have a class Task."""
+    files = Path(__file__).parent.glob("*.py")
+    return sorted(file.stem for file in files if "\nclass Task(" in file.read_text(encoding="utf-8"))
 
 
 def load(name: str) -> type[Task]:
@@ -145,13 +148,29 @@ def load(name: str) -> type[Task]:
     if not name.endswith(".py") or not Path(name).is_file():
         known = ", ".join(names())
         raise ValueError(f"task is {name!r}: it must be one of {known}, or the path of a Python file with a task")
-    spec = importlib.util.spec_from_file_location(f"task_{Path(name).stem}", name)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"task is {name!r}: it cannot be imported ({type(error).__name__}: {error})") from error
-    task = getattr(module, "Task", None)
+    task = getattr(import_file("task", name), "Task", None)
     if not (isinstance(task, type) and issubclass(task, Task) and task is not Task):
         raise ValueError(f"task is {name!r}: it must have a class Task, made from tasks.Task")
     return task
+
+
+def import_file(field: str, value: str) -> ModuleType:
+    """The module of the user's Python file that a setting gives as FILE.py or FILE.py:NAME, executed once a process.
+
+    Raises:
+        ValueError: names the setting, its value and what is wrong, in one line.
+    """
+    path = Path(value if value.endswith(".py") else value.rpartition(":")[0]).resolve()
+    name = f"{path.stem}_{zlib.crc32(bytes(path)):08x}"  # is no other module's
+    if name not in sys.modules:
+        if not path.is_file():
+            raise ValueError(f"{field} is {value!r}: there is no such file")
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look it up
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except Exception as error:
+            del sys.modules[name]
+            complaint = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"{field} is {value!r}: it cannot be imported ({complaint})") from error
+    return sys.modules[name]

@@ -12,10 +12,9 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-import data
 import tasks
 from config import Config
-from tasks import Problem
+from tasks import Problem, data
 
 PROMPT = "[MATH_TASK] Problem:\n{question}\n\nSolution:"
 # An optional sign (not the minus of 10-5), an optional $, 1,234.50 | 12 | 12.5 | .5, and the rest of a fraction 3/4
@@ -61,12 +60,12 @@ class Task(tasks.Task):
 
     def problems(self, split: str) -> list[Problem]:
         """The "train" (7,473) or "test" (1,319) problems; the answer is the gold solution."""
-        found = []
+        problems = []
         for place, row in data.rows(self.config.data, split, ("question", "answer"), "main"):
             if last_number(row["answer"]) is None:
                 raise ValueError(f"{place}: its `answer` holds no number")
-            found.append(Problem(PROMPT.format(question=row["question"]), row["answer"]))
-        return found
+            problems.append(Problem(PROMPT.format(question=row["question"]), row["answer"]))
+        return problems
 
     def reward(self, problem: Problem, responses: list[tasks.Response]) -> list[float]:
         return [
@@ -77,12 +76,12 @@ class Task(tasks.Task):
 
 def last_number(text: str) -> Fraction | None:
     """The last number in a text, exactly: "-$1,234.50." is -2469/2, "3/4" is 3/4, "12%" is 12, "nan" is none."""
-    found = None
-    for found in NUMBER.finditer(text[-END:]):  # noqa: B007
+    match = None
+    for match in NUMBER.finditer(text[-END:]):  # noqa: B007
         pass
-    if found is None or len(found[0]) > LONGEST:
+    if match is None or len(match[0]) > LONGEST:
         return None
-    sign, number, denominator = found.groups()
+    sign, number, denominator = match.groups()
     if denominator is not None and int(denominator) == 0:
         return None
     return Fraction(number.replace(",", "")) / int(denominator or 1) * (-1 if sign in ("-", "−") else 1)  # noqa: RUF001

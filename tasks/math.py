@@ -10,24 +10,29 @@ model trains; here one GPU trains, and needs 122 GB for it. `--model Qwen/Qwen2.
 """
 
 import asyncio
+import contextlib
 import itertools
+import logging
 import multiprocessing
 import re
 import resource
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated
 
-import data
+from annotated_types import Gt
+
 import tasks
 from config import Config
-from tasks import Problem
+from tasks import Problem, data
 
 HUB, HUB_TEST = "EleutherAI/hendrycks_math", "HuggingFaceH4/MATH-500"
 QUESTION = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 LONGEST = 500  # characters of an answer: a longer one is wrong, and costs time
 WORKERS, MEMORY = 4, 2**30  # at most; bytes that an answer may take
+
+log = logging.getLogger("tba")
 
 
 class Task(tasks.Task):
@@ -44,7 +49,7 @@ class Task(tasks.Task):
         data: str = HUB
         test_data: str = ""
         """Where the test problems are; default: --data where that is a folder, else HuggingFaceH4/MATH-500."""
-        grade_seconds: float = 3.0
+        grade_seconds: Annotated[float, Gt(0)] = 3.0
         """Time to compare an answer with the gold one."""
         loss: str = "tb_prime"
         steps: int = 400
@@ -65,34 +70,37 @@ class Task(tasks.Task):
         eval_samples: int = 1
         save_every: int = 50
 
-        positive: ClassVar = ("grade_seconds",)
-
-    def __init__(self, config: Settings, tokenizer):
-        from pebble import ProcessPool
-
-        super().__init__(config, tokenizer)
-        workers = min(WORKERS, max(1, (multiprocessing.cpu_count() or 1) // 2))
-        spawn = multiprocessing.get_context("spawn")
-        self.pool = ProcessPool(workers, initializer=prepare_worker, context=spawn)  # starts with the first answer
-
     def problems(self, split: str) -> list[Problem]:
         """The "train" (7,500) or "test" (500) problems; the answer is what stands in the gold solution's box."""
         source = self.config.data
         if split == "test":
             source = self.config.test_data or (source if Path(source).is_dir() else HUB_TEST)
-        found, without = [], []
+        problems, without = [], []
         for place, row in data.rows(source, split, ("problem", "solution"), optional=("answer",)):
             answer = row.get("answer") or boxed(row["solution"], longest=len(row["solution"]))
             if answer:
-                found.append(Problem([{"role": "user", "content": QUESTION.format(problem=row["problem"])}], answer))
+                problems.append(Problem([{"role": "user", "content": QUESTION.format(problem=row["problem"])}], answer))
             else:
                 without.append(place)
         if without:
             complaint = f"{without[0]}: its `solution` holds no \\boxed{{}} answer"
-            if not found:
+            if not problems:
                 raise ValueError(complaint)
-            print(f"{complaint}; {len(without)} such problems are left out")
-        return found
+            log.info(f"{complaint}; {len(without)} such problems are left out")
+        return problems
+
+    @contextlib.asynccontextmanager
+    async def serving(self, setup) -> AsyncIterator[None]:
+        from pebble import ProcessPool
+
+        workers = min(WORKERS, max(1, (multiprocessing.cpu_count() or 1) // 2))
+        spawn = multiprocessing.get_context("spawn")
+        self.pool = ProcessPool(workers, initializer=prepare_worker, context=spawn)  # starts with the first answer
+        try:
+            yield
+        finally:
+            self.pool.stop()
+            self.pool.join()
 
     async def reward(self, problem: Problem, responses: list[tasks.Response]) -> list[float]:
         answers = [boxed(response.text) for response in responses]
@@ -115,10 +123,6 @@ class Task(tasks.Task):
         except (TimeoutError, ProcessExpired):
             return 0.0
 
-    def end(self) -> None:
-        self.pool.stop()
-        self.pool.join()
-
 
 def boxed(text: str, longest: int = LONGEST) -> str | None:
     r"""What stands in the last \boxed{} that is closed and not longer than `longest`; None where there is none.
@@ -134,19 +138,19 @@ def boxed(text: str, longest: int = LONGEST) -> str | None:
             if bare := re.match(r" *([^\s{}$\\.,]+)", text[begin : begin + longest]):
                 return bare[1]
             continue
-        for place in range(begin, min(len(text), begin + longest + 2)):
-            if text[place - 1] != "\\":  # \{ and \} are brackets of a set
-                depth += (text[place] == "{") - (text[place] == "}")
+        for i in range(begin, min(len(text), begin + longest + 2)):
+            if text[i - 1] != "\\":  # \{ and \} are brackets of a set
+                depth += (text[i] == "{") - (text[i] == "}")
             if not depth:
-                return text[begin + 1 : place]
+                return text[begin + 1 : i]
     return None
 
 
 def _last_first(text: str, part: str) -> Iterator[int]:
-    """Where a part of a text begins, from the last place to the first."""
-    place = len(text)
-    while (place := text.rfind(part, 0, place)) >= 0:
-        yield place
+    """The indices at which a part of a text begins, the last first."""
+    start = len(text)
+    while (start := text.rfind(part, 0, start)) >= 0:
+        yield start
 
 
 def prepare_worker() -> None:
@@ -158,7 +162,7 @@ def prepare_worker() -> None:
 
 
 def equal(gold: str, answer: str) -> float:
-    """1.0 where two answers in LaTeX are the same; else 0.0. The time it takes is its caller's to limit."""
+    """1.0 where two answers in LaTeX are the same; else 0.0. The caller limits its time."""
     from math_verify import parse, verify
 
     parsed = (parse(f"\\boxed{{{each}}}", parsing_timeout=None) for each in (gold, answer))

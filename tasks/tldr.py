@@ -1,4 +1,4 @@
-"""TL;DR: summaries of Reddit posts, judged by a reward model (https://arxiv.org/abs/2009.01325).
+"""TL;DR: summaries of Reddit posts, scored by a reward model (https://arxiv.org/abs/2009.01325).
 
 A record, from the hub's data set or from `--data DIR` with train.jsonl and test.jsonl:
 
@@ -9,17 +9,16 @@ The defaults are the paper's for Pythia 1B on 4 GPUs.
 """
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-import data
 import tasks
 from config import Config
-from models import Frozen, LanguageModel, RewardModel, plain
-from tasks import Answered, Problem
+from rewards.judges import Judge, LanguageModel, RewardModel, strip_special_tokens
+from tasks import Answered, Problem, data
 
 NO_END = -1.0  # reward of a response that was cut off
 
@@ -66,23 +65,26 @@ class Task(tasks.Task):
     def __init__(self, config: Settings, tokenizer):
         super().__init__(config, tokenizer)
         self.scores = RewardModel(config.reward_model, "reward_model")
-        self.models: list[Frozen] = [self.scores]
+        self.judges: list[Judge] = [self.scores]
         if config.eval_prompts:
             self.gold = RewardModel(config.gold_reward_model, "gold_reward_model")
             self.sft = LanguageModel(config.model, "model", (1.0, config.temperature))
-            self.models += [self.gold, self.sft]
+            self.judges += [self.gold, self.sft]
 
     def problems(self, split: str) -> list[Problem]:
         """The "train" or "test" posts; the answer is the reference summary."""
-        found = data.rows(self.config.data, split, ("query", "reference_response"))
-        return [Problem(row["query"], row["reference_response"]) for _, row in found]
+        rows = data.rows(self.config.data, split, ("query", "reference_response"))
+        return [Problem(row["query"], row["reference_response"]) for _, row in rows]
 
-    async def start(self, devices: Sequence[str], cores: set[int], log: Path) -> None:
-        for model in self.models:
-            await model.load(devices[-1], cores)
+    @contextlib.asynccontextmanager
+    async def serving(self, setup) -> AsyncIterator[None]:
+        async with contextlib.AsyncExitStack() as stack:
+            for judge in self.judges:
+                await stack.enter_async_context(judge.loaded(setup.search_devices[-1], setup.search_cores))
+            yield
 
     async def reward(self, problem: Problem, responses: list[tasks.Response]) -> list[float]:
-        texts = [judged(self.scores, problem, response.text) for response in responses if response.finished]
+        texts = [scored_text(self.scores, problem, each.text) for each in responses if each.finished]
         scores = iter(await self.scores(texts) if texts else [])
         return [float(next(scores)) if response.finished else NO_END for response in responses]
 
@@ -96,12 +98,12 @@ class Task(tasks.Task):
             (the paper's figure); `tokens` of a response; `truncated`.
         """
         pairs = [(each, sample) for each in answers for sample in each.samples]
-        texts = [judged(self.gold, each.problem, sample.text) for each, sample in pairs]
-        references = [judged(self.gold, each.problem, each.problem.answer) for each, _ in pairs]
+        texts = [scored_text(self.gold, each.problem, sample.text) for each, sample in pairs]
+        references = [scored_text(self.gold, each.problem, each.problem.answer) for each, _ in pairs]
         sequences = [np.concatenate([each.prompt, sample.tokens]) for each, sample in pairs]
-        ours, theirs, known = await asyncio.gather(self.gold(texts), self.gold(references), self.sft(sequences))
-        sft_2 = np.array(
-            [k[len(a.prompt) - 1 :][: len(s.tokens)].sum(0) for k, (a, s) in zip(known, pairs, strict=True)]
+        ours, theirs, logprobs = await asyncio.gather(self.gold(texts), self.gold(references), self.sft(sequences))
+        sft_N2 = np.array(  # log pi_sft of each response, at both temperatures
+            [each[len(a.prompt) - 1 :][: len(s.tokens)].sum(0) for each, (a, s) in zip(logprobs, pairs, strict=True)]
         )
         policy = np.array([sample.logprobs.sum() for _, sample in pairs])
         tokens, prompts = (
@@ -110,18 +112,14 @@ class Task(tasks.Task):
         return {
             "win_rate": float(np.mean(np.array(ours) > np.array(theirs))),
             "reward": float(np.nanmean([sample.reward for _, sample in pairs])),
-            "kl": float(np.mean(policy - sft_2[:, 1])),
-            "perplexity": float(np.exp(-sft_2[:, 0].sum() / tokens)),
-            "perplexity_diluted": float(np.exp(-sft_2[:, 0].sum() / (tokens + prompts))),
+            "kl": float(np.mean(policy - sft_N2[:, 1])),
+            "perplexity": float(np.exp(-sft_N2[:, 0].sum() / tokens)),
+            "perplexity_diluted": float(np.exp(-sft_N2[:, 0].sum() / (tokens + prompts))),
             "tokens": tokens / len(pairs),
             "truncated": float(np.mean([not sample.finished for _, sample in pairs])),
         }
 
-    def end(self) -> None:
-        for model in self.models:
-            model.end()
 
-
-def judged(model: RewardModel, problem: Problem, response: str) -> str:
-    """What a reward model reads: the query, the response, and the end of the sequence, once."""
-    return f"{problem.prompt}{plain(response, model.tokenizer)}{model.tokenizer.eos_token or ''}"
+def scored_text(judge: RewardModel, problem: Problem, response: str) -> str:
+    """The text that a reward model scores: the query, the response, and the end of the sequence, once."""
+    return f"{problem.prompt}{strip_special_tokens(response, judge.tokenizer)}{judge.tokenizer.eos_token or ''}"

@@ -1,6 +1,7 @@
 """Small models and data in the hub's own folder format, made on the spot."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,16 +33,19 @@ def few_problems(monkeypatch):
 def main(monkeypatch, capfd, few_problems):
     """The command, run in this process, which spares it importing everything: gives its code, output and errors."""
     import tba
+    from run import cli
+
+    log = logging.getLogger("tba")
+    before = log.handlers[:], log.level, log.propagate
 
     def run(*arguments) -> SimpleNamespace:
         monkeypatch.setattr(sys, "argv", ["tba.py", *map(str, arguments)])
-        for name in ("stdout", "stderr"):  # are restored at the end
-            monkeypatch.setattr(sys, name, getattr(sys, name))
         capfd.readouterr()
-        code = tba.main()
+        code = cli.start(tba.main)
         return SimpleNamespace(code=code, **capfd.readouterr()._asdict())
 
-    return run
+    yield run
+    log.handlers[:], log.level, log.propagate = before
 
 
 @pytest.fixture(scope="session")
@@ -161,9 +165,9 @@ def nothing_left():
 @pytest.fixture(scope="session")
 def embedded(tmp_path_factory):
     """A user's cache folder that holds an embedded model, warmed up for a few seconds only."""
-    import tasks.countdown as countdown
+    from tasks import countdown_model
 
     cache = tmp_path_factory.mktemp("cache")
     folder = tmp_path_factory.mktemp("embedded")
-    countdown.warm_up(folder, seed=0, numbers=3, steps=60)
+    countdown_model.warm_up(folder, seed=0, numbers=3, steps=60)
     return {"XDG_CACHE_HOME": str(cache)}, folder

@@ -15,7 +15,8 @@ from multiprocessing.forkserver import _forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
-import engine
+from run.devices import start_fork_server
+from search.engine import PRELOAD
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -78,7 +79,7 @@ def nothing_is_left() -> Iterator[None]:
 
 def forked(target: Callable, *arguments) -> multiprocessing.Process:
     """A process that does this, forked from one that has imported everything."""
-    engine.import_ahead()
+    start_fork_server()
     process = forkserver.Process(target=target, args=arguments)
     process.start()
     return process
@@ -99,7 +100,7 @@ def started(*arguments) -> Iterator[SimpleNamespace]:
 
 
 forkserver = multiprocessing.get_context("forkserver")
-engine.AHEAD += ["tests.runs", "tba", "trainer", "weights", "models", "tyro", "vllm.v1.engine.async_llm"]
+PRELOAD += ["tests.runs", "tba", "train.trainer", "rewards.judges", "tyro"]
 
 
 def _run(arguments: list[str], printed: str) -> None:
@@ -111,11 +112,11 @@ def _run(arguments: list[str], printed: str) -> None:
     os.dup2(file, 1), os.dup2(file, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ.pop(engine.PROGRAM)
     sys.path.insert(0, str(PROJECT))  # as Python does; then what lies beside the program is found from any folder
     os.chdir(Path(printed).parent)
-    Path("watch.py").write_text("raise OSError('this is not what was to be imported')")
+    Path("search.py").write_text("raise OSError('this is not what was to be imported')")
     import tba
+    from run import cli
     from tasks import countdown
 
     program = sys.modules["__main__"]  # which its engines import when they start
@@ -123,7 +124,7 @@ def _run(arguments: list[str], printed: str) -> None:
 
     countdown.PROBLEMS |= FEWER
     sys.argv = ["tba.py", *arguments]
-    sys.exit(tba.main())
+    sys.exit(cli.start(tba.main))
 
 
 def updates_of(out: Path) -> list[dict]:

@@ -3,22 +3,28 @@
 import dataclasses
 import itertools
 import json
+import math
 import subprocess
 import sys
+from typing import Annotated
 
 import pytest
+from annotated_types import Ge, Gt, Le
 
-from config import AT_LEAST, AT_MOST, POSITIVE, parse
-from loss import IMPORTANCE_WEIGHTED, OBJECTIVES
-from machine import devices
+from buffer import EVICTION, REPLAY
+from config import MAY_CHANGE, Config
+from loss import OBJECTIVES
+from run.check import check, limits
+from run.cli import parse
+from run.devices import devices
+from run.setup import sequences_per_engine
+from tasks import import_file
 
-TOO_SMALL = [
-    (name, low - (1 if isinstance(low, int) and name != "on_policy_prob" else 0.5)) for name, low in AT_LEAST.items()
-]
+LIMITS = limits(Config)
 BAD = [
-    *TOO_SMALL,
-    *((name, high + 1) for name, high in AT_MOST.items()),
-    *((name, value) for name in POSITIVE for value in (0.0, -1.0, "nan", "inf")),
+    *((name, marks[Ge].ge - 1) for name, marks in LIMITS.items() if Ge in marks),
+    *((name, marks[Le].le + 1) for name, marks in LIMITS.items() if Le in marks),
+    *((name, value) for name, marks in LIMITS.items() if Gt in marks for value in (0.0, -1.0, "nan", "inf")),
     ("on_policy_prob", "nan"),
     ("beta_final", "inf"),
     ("gamma_final", 2.0),  # without gamma_steps
@@ -37,6 +43,7 @@ BAD = [
     ("evict", "random"),
     ("replay", "newest"),
     ("loss", "ppo"),
+    ("optimizer", "sgd"),
     ("train_device", "gpu"),
     ("train_device", "cuda"),
     ("search_devices", "cuda:x"),
@@ -127,9 +134,142 @@ def test_resume_auto_goes_on_with_the_newest_run_of_the_task_or_begins(tmp_path,
         parse(["--resume", "other"])
 
 
-def test_the_buffer_holds_a_batch():
-    with pytest.raises(ValueError, match=r"buffer_responses is 255: it must be at least .* 256"):
-        parse(["--buffer-responses", "255"])
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("steps", "0", "steps is 0: it must be at least 1 and finite"),
+        ("on_policy_prob", "1.5", "on_policy_prob is 1.5: it must be at least 0 and at most 1"),
+        ("lr", "0", "lr is 0.0: it must be a finite number above 0"),
+        ("max_num_seqs", "-1", "max_num_seqs is -1: it must be at least 0 and finite"),
+        ("lr_schedule", "cosine", "lr_schedule is 'cosine': it must be one of constant, linear, wsd"),
+        (
+            "evict",
+            "random",
+            "evict is 'random': it must be one of oldest, lowest_reward, or FILE.py:NAME with one of your own",
+        ),
+    ],
+)
+def test_the_sentence_names_the_field_its_value_and_what_is_allowed(name, value, sentence):
+    with pytest.raises(ValueError) as refusal:
+        parse([f"--{name.replace('_', '-')}={value}"])
+    assert str(refusal.value) == sentence
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Config):
+    """A task's own."""
+
+    model: str = "some"
+    steps: int = 256
+    on_policy_prob: Annotated[float, Le(0.5)] = 0.25
+    colours: Annotated[int, Ge(2), Le(9), MAY_CHANGE] = 3
+    sharpness: Annotated[float, Gt(0), Le(1)] = 1.0
+
+
+def test_a_task_has_limits_of_its_own_and_keeps_those_of_the_fields_it_sets():
+    check(Settings())
+    for changed, allowed in (
+        ({"steps": 0}, "steps is 0: it must be at least 1 and finite"),
+        ({"colours": 1}, "colours is 1: it must be at least 2 and at most 9"),
+        ({"colours": 10}, "colours is 10: it must be at least 2 and at most 9"),
+        ({"sharpness": 0.0}, "sharpness is 0.0: it must be above 0 and at most 1"),
+        ({"sharpness": math.nan}, "sharpness is nan: it must be above 0 and at most 1"),
+        ({"on_policy_prob": 0.6}, "on_policy_prob is 0.6: it must be at least 0 and at most 0.5"),
+    ):
+        with pytest.raises(ValueError) as refusal:
+            check(Settings(**changed))
+        assert str(refusal.value) == allowed
+    may_change = {name for name, marks in limits(Settings).items() if MAY_CHANGE in marks.values()}
+    assert {"steps", "colours", "max_num_seqs"} < may_change and not {"lr", "seed", "sharpness"} & may_change
+
+
+def test_sequences_in_flight_are_about_two_updates_of_responses():
+    batch = {"prompts_per_step": 2, "responses_per_prompt": 16, "search_responses": 24}
+    assert sequences_per_engine(Config(**batch), 1, 256) == 64
+    assert sequences_per_engine(Config(**batch, search_ahead=1.5), 1, 256) == 48
+    assert sequences_per_engine(Config(**batch), 8, 256) == 24  # all responses to a prompt
+    assert sequences_per_engine(Config(**batch), 1, 8) == 8
+    assert sequences_per_engine(Config(**batch, max_num_seqs=7), 1, 256) == 7
+
+
+OWN = """
+import dataclasses
+
+import loss
+
+executed = globals().get("executed", 0) + 1
+
+
+@loss.objective(needs_beta=True, reads_behaviour=True)
+def mine(batch, beta):
+    return batch
+
+
+def undecorated(batch, beta):
+    return batch
+
+
+def worst(rewards, k, rng):
+    return rewards.argsort()[:k]
+
+
+@dataclasses.dataclass
+class Point:
+    x: "int" = 0
+
+
+number = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A file of the user's own, `own.py` in this folder; what it registers is forgotten in the end."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(OWN)
+    before = [(known, dict(known)) for known in (OBJECTIVES, EVICTION, REPLAY)]
+    yield tmp_path / "own.py"
+    for known, functions in before:
+        known.clear()
+        known.update(functions)
+
+
+def test_functions_of_ones_own_are_named_by_their_file(own, tmp_path):
+    config = parse(["--loss", f"{own}:mine", "--replay", f"{own}:worst", "--evict", f"{own}:undecorated"])
+    module = import_file("task", str(own))
+    assert config.objective is module.mine and REPLAY[config.replay] is module.worst
+    assert config.reads_behaviour and config.objective.needs_beta and not config.objective.has_gamma
+    assert module.executed == 1 and sys.modules[module.__name__] is module and module.Point(2).x == 2
+    assert import_file("loss", "own.py:mine") is module
+    with pytest.raises(ValueError, match=r"beta is 0.0: it must be above 0 with loss .*own.py:mine"):
+        parse(["--loss", "own.py:mine", "--beta", "0"])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "own.py").write_text("def mine(reward): return 2")
+    assert EVICTION[parse(["--evict", "other/own.py:mine"]).evict](None) == 2  # another file of that name
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "complaint"),
+    [
+        ("--loss", "nowhere.py:f", "loss is 'nowhere.py:f': there is no such file"),
+        ("--replay", "own.py:best", "replay is 'own.py:best': own.py has no function 'best'"),
+        ("--evict", "own.py:number", "evict is 'own.py:number': own.py has no function 'number'"),
+        ("--loss", "own.py:undecorated", "loss is 'own.py:undecorated': it must be decorated with @loss.objective"),
+        ("--loss", "bad.py:f", "loss is 'bad.py:f': it cannot be imported (TypeError: one line, and another)"),
+        ("--loss", "syntax.py:f", "loss is 'syntax.py:f': it cannot be imported (SyntaxError: "),
+        ("--loss", "own.py", "loss is 'own.py': it must be one of tb, "),
+        ("--loss", "own:mine", "loss is 'own:mine': it must be one of tb, "),
+    ],
+)
+def test_a_file_without_such_a_function_is_refused(flag, value, complaint, own, tmp_path):
+    (tmp_path / "bad.py").write_text("raise TypeError('one line,\\nand another')")
+    (tmp_path / "syntax.py").write_text("def")
+    modules = set(sys.modules)
+    with pytest.raises(ValueError) as refusal:
+        parse([flag, value])
+    message = str(refusal.value)
+    assert message.startswith(complaint) and "\n" not in message
+    assert not [name for name in set(sys.modules) - modules if name.startswith(("bad", "syntax"))]
 
 
 def test_a_flag_beats_the_task_which_beats_the_field():
@@ -188,7 +328,7 @@ def test_the_learning_rate_rises_and_ends_at_0_on_the_last_update(schedule):
     assert parse(["--steps", "20", "--lr-warmup", "30", "--lr-schedule", *schedule]).lr_at(19) == 0
 
 
-def test_strict_is_on_policy_unless_told_otherwise():
+def test_strict_is_on_policy_unless_flags_say_otherwise():
     config = parse(["--strict"])
     assert (config.strict, config.sync_every, config.on_policy_prob, config.prime) == (True, 1, 1.0, 0)
     config = parse(["--strict", "--on-policy-prob", "0.5", "--sync-every", "4"])
@@ -198,10 +338,10 @@ def test_strict_is_on_policy_unless_told_otherwise():
     assert not parse([]).strict and parse([]).sync_every == 2
 
 
-def test_search_is_asked_for_log_probabilities_only_where_they_are_read():
-    asking = {name for name in OBJECTIVES if not parse(["--loss", name]).on_policy}
-    assert asking == IMPORTANCE_WEIGHTED == {"tb_prime", "rloo", "grpo", "dr_grpo", "cispo"}
-    assert parse(["--loss", "tb_prime", "--no-importance-ratio"]).on_policy
+def test_search_returns_log_probabilities_only_where_they_are_read():
+    reading = {name for name in OBJECTIVES if parse(["--loss", name]).reads_behaviour}
+    assert reading == {"tb_prime", "rloo", "grpo", "dr_grpo", "cispo"}
+    assert not parse(["--loss", "tb_prime", "--no-importance-ratio"]).reads_behaviour
 
 
 def test_an_objective_that_does_not_divide_by_beta_may_do_without():

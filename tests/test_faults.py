@@ -1,12 +1,11 @@
 """What goes wrong in a run, done for real: it goes on, or ends in order, and what was paid for is there.
 
-All with the embedded model and real vLLM. `tests/test_scoring.py` has rewards that fail, `tests/test_checkpoint.py`
+All with the embedded model and real vLLM. `tests/test_guard.py` has rewards that fail, `tests/test_checkpoint.py`
 checkpoints that are damaged, `tests/test_config.py` settings that cannot be.
 """
 
 import asyncio
 import itertools
-import json
 import math
 import multiprocessing
 import os
@@ -15,30 +14,27 @@ import re
 import resource
 import shutil
 import signal
-import sys
 import threading
 import time
-from collections import Counter
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-import screen
+import loss
 import tasks
-import tba
-import trainer
-from buffer import Buffer, Group, Trajectory
-from checkpoint import Checkpoints, by_step, newest
-from config import Config
-from log import Log
+from buffer import Group, Response
 from loss import OBJECTIVES
-from screen import Screen, say
-from searcher import Searcher
+from run.checkpoint import Checkpoints, by_step, newest
+from run.cli import parse
+from run.setup import Setup, prepare
+from run.snapshot import buffer_writer
+from run.state import state_dict, status
+from search.searcher import Searcher
+from tba import TBA
 from tests.runs import nothing_is_left, read, started, updates_of, wait_for
-from watch import Watch
+from train import trainer
 
 SHORT = ("--steps", 100_000, "--prime", 64, "--eval-prompts", 0, "--save-every", 10)
 
@@ -57,6 +53,7 @@ def whole(out) -> list[int]:
     return steps
 
 
+@pytest.mark.long
 def test_killed_at_any_moment_it_goes_on(embedded, tmp_path):
     """While it starts, and twice while it trains; once its newest checkpoint is truncated too. The same command is
     given again each time, and stopped at last by SIGTERM."""
@@ -91,14 +88,16 @@ def test_killed_at_any_moment_it_goes_on(embedded, tmp_path):
     assert len(by_step(out)) == 3
 
 
+@pytest.mark.long
 def test_a_second_ctrl_c_ends_it_at_once(embedded, tmp_path, nothing_left):
     out, task = tmp_path / "run", tmp_path / "slow.py"
     task.write_text(
-        "import time; from tasks import countdown\nclass Task(countdown.Task):\n    def end(self): time.sleep(60)\n"
+        "import contextlib, time\nfrom tasks import countdown\nclass Task(countdown.Task):\n"
+        "    @contextlib.asynccontextmanager\n    async def serving(self, setup):\n"
+        "        try:\n            yield\n        finally:\n            time.sleep(60)\n"
     )
     with started("--task", task, "--model", embedded[1], "--out", out, *SHORT) as run:
-        wait_for(lambda: "starting vLLM" in run.said(), run)
-        time.sleep(2)
+        wait_for(lambda: rows(out) > 1, run)
         os.kill(run.process.pid, signal.SIGINT)
         os.kill(run.process.pid, signal.SIGINT)  # the same once more, as some send it
         wait_for(lambda: "stopping: " in run.said(), run)
@@ -106,7 +105,7 @@ def test_a_second_ctrl_c_ends_it_at_once(embedded, tmp_path, nothing_left):
         os.kill(run.process.pid, signal.SIGINT)
         began = time.monotonic()
         run.process.join(10)
-        assert run.process.exitcode == 130 and time.monotonic() - began < 2, run.said()
+        assert run.process.exitcode == -signal.SIGINT and time.monotonic() - began < 2, run.said()
 
 
 def when(condition, *actions) -> threading.Thread:
@@ -145,6 +144,7 @@ def test_a_run_survives_what_goes_wrong(embedded, tmp_path, nothing_left, main, 
                 return right[:-1]
         return right
 
+    @loss.objective(needs_beta=True, has_gamma=True)
     def objective(batch, beta):
         count, size = next(updates), len(batch.rewards_BK)
         asked.append(size)
@@ -160,12 +160,8 @@ def test_a_run_survives_what_goes_wrong(embedded, tmp_path, nothing_left, main, 
             resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
         return tb(batch, beta)
 
-    class Late(trainer.Figures):
-        ready = False  # until somebody waits
-
-        def wait(self):
-            super().wait()
-            self.ready = True
+    class Late(trainer.Pending):
+        ready = False  # until the next update is enqueued, as on a GPU
 
     def save(self, state, *parts):
         saved.append((state["step"], rows(out)))
@@ -174,12 +170,12 @@ def test_a_run_survives_what_goes_wrong(embedded, tmp_path, nothing_left, main, 
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     checkpoints_save, saved = Checkpoints.save, []
     monkeypatch.setattr(Checkpoints, "save", save)
-    monkeypatch.setattr(trainer, "Figures", Late)
+    monkeypatch.setattr(trainer, "Pending", Late)
     monkeypatch.setattr(tasks.load("countdown"), "reward", reward)
     monkeypatch.setitem(OBJECTIVES, "tb", objective)
     killer = when(
         lambda: rows(out) > 70,
-        lambda: multiprocessing.active_children()[0].terminate(),  # is not the engine's to hear, though sent to all
+        lambda: multiprocessing.active_children()[0].terminate(),  # ignored by engines, though sent to all
         lambda: rows(out) > 80,
         lambda: multiprocessing.active_children()[0].kill(),
         lambda: updates_of(out)[-1]["engine_restarts"] == 1 and updates_of(out)[-1]["age_max"] < 20,
@@ -201,7 +197,7 @@ def test_a_run_survives_what_goes_wrong(embedded, tmp_path, nothing_left, main, 
     assert "update 5 is skipped: its loss is nan" in done.out and "update 8 is skipped: its loss is " in done.out
     assert "=" in done.out.split("its prompts are ")[1].splitlines()[0]
 
-    assert done.out.count("out of memory in an update: it is made again with --micro-batch-tokens") in (1, 2, 3, 4)
+    assert done.out.count("out of memory in an update: trying again with --micro-batch-tokens") in (1, 2, 3, 4)
     assert asked[11] == 16 and max(asked[20:]) <= 8
 
     assert done.out.count("cannot be written ([Errno 27] File too large): its rows are kept, and tried again") == 1
@@ -209,7 +205,7 @@ def test_a_run_survives_what_goes_wrong(embedded, tmp_path, nothing_left, main, 
 
     assert "the engine on cpu is gone (it died): starting another" in done.out
     assert "the new engine on cpu is ready" in done.out
-    assert re.search(r"no response has arrived for \d s: .*an engine that died is being replaced", done.out)
+    assert re.search(r"no response for \d s: .*an engine that died is being replaced", done.out)
     assert found[-1]["engine_restarts"] == 1 and found[-1]["sync_diff_max"] < 1e-4
 
     folder, state = newest(out)
@@ -221,7 +217,12 @@ def test_a_gradient_that_stays_nan_ends_with_the_last_good_checkpoint(
     embedded, tmp_path, nothing_left, main, monkeypatch
 ):
     tb, updates = OBJECTIVES["tb"], itertools.count(1)
-    monkeypatch.setitem(OBJECTIVES, "tb", lambda *batch: tb(*batch) * (math.nan if next(updates) > 8 else 1))
+
+    @loss.objective(needs_beta=True, has_gamma=True)
+    def objective(batch, beta):
+        return tb(batch, beta) * (math.nan if next(updates) > 8 else 1)
+
+    monkeypatch.setitem(OBJECTIVES, "tb", objective)
     out = tmp_path / "run"
     done = main("--model", embedded[1], "--out", out, *SHORT, "--save-every", 4)
     assert done.code == 1 and "Traceback" not in done.err
@@ -280,109 +281,97 @@ def test_strict_takes_turns_and_a_resumed_run_equals_an_unbroken_one(
             assert a.get(name) == pytest.approx(b.get(name), abs=last), name
     texts = [[row["responses"] for row in read(folder / "samples.jsonl")] for folder in (out, other)]
     assert texts[0] == texts[1]
-    undone = (other / "undone" / "metrics.jsonl").read_text().splitlines()
-    assert [row["step"] for row in map(json.loads, undone)] == [5, 6, 6, 7, 8, 9, 10, 11, 12, 12]
 
 
-def test_a_screen_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch, capfd):
-    """Its output goes to a file on a disk that is full; first that of errors alone."""
-    group = Group(0, np.array([1]), [Trajectory(np.array([1], np.int32), True, 0.5, 0)])
-    figures = {"reward": 0.5, "search_tokens_per_s": 1.0, "train_tokens_per_s": 1.0}
-    full = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", closefd=False)
-    for name in ("stderr", "stdout"):
-        monkeypatch.setattr(sys, name, Screen(full))
-        monkeypatch.setattr(screen, "PLAIN_SECONDS", 0)
-        log = Log(tmp_path, Config(steps=3))
-        log.start_clock()
-        for step in range(3):
-            log.update(step, figures, [group], "prompt", lambda responses: ["text"] * len(responses))
-            say(f"said {step}")
-        log.close()
-        if name == "stderr":
-            lines = capfd.readouterr().out.splitlines()
-            assert lines[1::2] == ["said 0", "said 1", "said 2"] and lines[0].startswith("1/3 [00:00<00:00] reward 0.5")
-    with pytest.raises(OSError):
-        full.flush()  # or nothing is shown
-    assert [row["step"] for row in read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+@pytest.fixture
+def idle(embedded, few_problems, tmp_path):
+    """Makes a run whose parts are there, but for trainer and engines: (settings) -> TBA. Call it in an event loop."""
+
+    def make(*settings) -> TBA:
+        setup = prepare(replace(parse(["--model", str(embedded[1]), *settings]), out=str(tmp_path / "run")))
+        setup.open()
+        return TBA(setup, None, None, Searcher(setup.engines))
+
+    return make
 
 
-def test_search_waits_where_it_is_far_ahead(embedded, few_problems):
-    """Of 256 responses in an update, 2 times as many may be found for each, and 64 to begin with."""
-    config = tba.parse(["--model", str(embedded[1]), "--search-ahead", "2", "--prime", "300"])
-    run = tba.Run(config)
-    run.searcher, run.log = Searcher(["cpu"], 1.0, 1), SimpleNamespace(under_way=Counter(search=1))
+def test_search_pauses_where_it_is_far_ahead(idle):
+    """Of 256 responses in an update, 2 times as many may be requested for each, and 300 to begin with."""
 
     async def check() -> None:
-        run.searched = 10**6
-        await asyncio.wait_for(run.room(), 1)  # training waits for more prompts than these responses are to
-        run.primed.set()
-        run.searched = 300 + 2 * 256 - 1
-        await asyncio.wait_for(run.room(), 1)
-        next(run.order)  # what is in flight counts
-        waiting = asyncio.create_task(run.room())
+        tba = idle("--search-ahead", "2", "--prime", "300")
+        tba.metrics.under_way["search"] = 1
+        tba.progress.responses = 10**6
+        assert not tba.too_far_ahead()  # training waits for more prompts than these responses are to
+        for prompt_id in range(16):
+            tba.buffer.add(Group(prompt_id, np.array([1]), [Response(np.array([prompt_id], np.int32), True)]))
+        tba.progress.responses = 300 + 2 * 256 - 1
+        await asyncio.wait_for(tba.until(lambda: not tba.too_far_ahead()), 1)
+        next(tba.sampler)  # responses in flight count
+        waiting = asyncio.create_task(tba.until(lambda: not tba.too_far_ahead()))
         await asyncio.sleep(0.01)
-        assert not waiting.done() and run.held
-        assert "search waits for training (--search-ahead)" in run.awaited()
-        run.step += 1
-        run.go_on()
+        assert not waiting.done() and tba.paused
+        assert "search waits for training (--search-ahead)" in status(tba)
+        tba.progress.step += 1
+        tba.notify()
         await asyncio.wait_for(waiting, 1)
-        assert not run.held
-        run.unjudged = 16  # prompts, to which there are as many responses as an engine has in flight
-        waiting = asyncio.create_task(run.room())
-        await asyncio.sleep(0.01)
-        assert not waiting.done() and not run.held
-        run.unjudged -= 1
-        run.go_on()
-        await asyncio.wait_for(waiting, 1)
+        assert not tba.paused
 
     asyncio.run(check())
 
 
-def test_it_is_said_what_is_awaited_at_growing_intervals(capfd):
+def test_search_has_twice_as_many_prompts_under_way_as_fill_the_engines(idle):
+    """Half of them wait in the engines or are scored, so that these stay full; and no more."""
+
     async def check() -> None:
-        watch = Watch(0.2, lambda: "5 sequences \x1b[31m are in flight", "response", "update")
-        watching = asyncio.create_task(watch.run())
-        for _ in range(30):
-            await asyncio.sleep(0.05)
-            watch.saw("update")
-        watching.cancel()
+        tba, under_way, never = idle("--prime", "100000", "--max-num-seqs", "64"), [], asyncio.Event()
+
+        async def rollout(prompt_id: int) -> None:
+            under_way.append(prompt_id)
+            await never.wait()
+
+        tba.rollout = rollout
+        searching = asyncio.create_task(tba.search())
+        await asyncio.sleep(0.05)
+        assert len(under_way) == 2 * 64 // 16
+        searching.cancel()
+        await asyncio.wait({searching})
 
     asyncio.run(check())
-    lines = capfd.readouterr().out.splitlines()
-    assert len(lines) == 3  # after 0.2, 0.4 and 0.8 seconds, not 1.6
-    assert lines[0] == "no response for 0 s: 5 sequences \\x1b[31m are in flight"
 
 
-def test_a_resumed_run_keeps_the_best_checkpoint(embedded, tmp_path, few_problems):
+def end(setup: Setup) -> None:
+    for opened in (setup.checkpoints, setup.metrics, setup.lock):
+        opened.__exit__(None, None, None)
+
+
+def test_a_resumed_run_keeps_the_best_checkpoint(idle, tmp_path):
+    async def check() -> None:
+        tba = idle("--keep", "0")
+        for tba.progress.step, accuracy in ((2, 0.9), (4, 0.5), (6, math.nan)):
+            tba.checkpoints.save(state_dict(tba), buffer_writer(tba.buffer))
+            tba.metrics.evaluation(tba.progress.step, {"pass@1": accuracy})
+        end(tba.setup)
+        setup = prepare(parse(["--resume", str(out), "--keep", "1"]))
+        setup.open()
+        resumed = TBA(setup, None, None, tba.searcher)
+        assert resumed.progress.step == setup.outcome.step == 6
+        resumed.progress.step = 8
+        resumed.checkpoints.save(state_dict(resumed), buffer_writer(resumed.buffer))
+        end(setup)
+
     out = tmp_path / "run"
-    run = tba.Run(replace(tba.parse(["--model", str(embedded[1]), "--keep", "0"]), out=str(out)))
-    run.open()
-    for run.step, accuracy in ((2, 0.9), (4, 0.5), (6, None)):
-        run.checkpoints.save(run.state(), run.buffer.snapshot())
-        run.log.write("metrics", {"step": run.step, "eval/pass@1": accuracy})
-    run.end()
-    resumed = tba.Run(tba.parse(["--resume", str(out), "--keep", "1"]))
-    assert resumed.step == 6
-    resumed.open()
-    resumed.step = 8
-    resumed.checkpoints.save(resumed.state(), resumed.buffer.snapshot())
-    resumed.end()
+    asyncio.run(check())
     assert set(by_step(out)) == {2, 8} and os.readlink(out / "checkpoints" / "best") == "step-2"
 
 
-def test_what_cannot_be_resumed_is_refused_at_once(embedded, tmp_path, main, monkeypatch):
+def test_what_cannot_be_resumed_is_refused_at_once(idle, embedded, tmp_path, main):
     out = tmp_path / "run"
-    state = {
-        "time": 1.0,
-        "searched": 0,
-        "reward": 0.0,
-        "skipped": 0,
-        "reward_failures": 0,
-        "order": {"left": [], "rng": random.Random(0).getstate()},
-    }
-    config = replace(tba.parse(["--model", str(embedded[1])]), out=str(out))
-    run = tba.Run(config)
-    run.open()
+
+    async def begin() -> TBA:
+        return idle()
+
+    tba = asyncio.run(begin())
     again = ["--resume", "auto", "--out", out, "--model", embedded[1]]
     taken = f"another run (process {os.getpid()}) is writing there"
     refused = [
@@ -396,12 +385,11 @@ def test_what_cannot_be_resumed_is_refused_at_once(embedded, tmp_path, main, mon
     for arguments, complaint in refused:
         done = main(*arguments)
         assert done.code == 2 and complaint in done.err and done.err.count("\n") == 1, done.err
-    run.step = 5
-    buffer = Buffer()
-    tokens = run.prompts[3].tokens
-    buffer.add(Group(4, tokens, [Trajectory(tokens, True, 0.0, 0)]))
-    run.checkpoints.save(state | {"step": 5}, buffer.snapshot())
-    run.end()
+    tba.progress.step = 5
+    tokens = tba.prompts[3].tokens
+    tba.buffer.add(Group(4, tokens, [Response(tokens, True, reward=0.0)]))
+    tba.checkpoints.save(state_dict(tba), buffer_writer(tba.buffer))
+    end(tba.setup)
     done = main("--resume", out)
     assert done.code == 2 and "its problems are not those that" in done.err
     done = main("--resume", out, "--steps", 5)

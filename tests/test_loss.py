@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from loss import IMPORTANCE_WEIGHTED, NEED_BETA, OBJECTIVES, Batch, tb, tb_prime
+import loss
+from loss import OBJECTIVES, Batch, objective, tb, tb_prime
 
 B, K, T, BETA = 3, 5, 4, 0.3
-every_objective = pytest.mark.parametrize("name", OBJECTIVES)
+TENSORS = "logprobs_BKT", "ref_BKT", "behaviour_BKT", "mask_BKT", "rewards_BK"
 
 
 def make_batch(seed: int = 0, spread: float = 1.0) -> Batch:
@@ -30,8 +31,7 @@ def changed(batch: Batch, **fields) -> Batch:
 
 
 def each_tensor(batch: Batch, change) -> Batch:
-    values = (change(getattr(batch, field.name).detach()) for field in dataclasses.fields(batch))
-    policy, *rest = values
+    policy, *rest = (change(getattr(batch, name).detach()) for name in TENSORS)
     return Batch(policy.requires_grad_(), *rest)
 
 
@@ -115,6 +115,13 @@ DEFINITIONS = {
     "tb": define_tb, "tb_prime": define_tb_prime, "rloo": define_rloo, "grpo": define_grpo, "dr_grpo": define_dr_grpo,
     "cispo": define_cispo, "online_dpo": define_online_dpo,
 }  # fmt: skip
+
+
+every_objective = pytest.mark.parametrize("name", DEFINITIONS)
+
+
+def test_every_objective_has_a_definition_here():
+    assert {name for name, function in OBJECTIVES.items() if function.__module__ == "loss"} == DEFINITIONS.keys()
 
 
 @every_objective
@@ -217,16 +224,33 @@ def test_one_response_or_equal_rewards_are_finite(name):
 def test_identical_responses_teach_nothing(name):
     """But what the KL penalty of some objectives says."""
     same = each_tensor(make_batch(), lambda x: x[:, :1].expand_as(x).clone())
-    beta = BETA if name in {*NEED_BETA, "tb_prime", "rloo"} else 0.0
+    beta = BETA if name in {"tb", "online_dpo", "tb_prime", "rloo"} else 0.0
     assert gradient(name, same, beta).abs().max() < 1e-12
 
 
 @every_objective
-def test_only_importance_weighted_objectives_read_the_behaviour_policy(name):
+def test_objectives_that_say_so_read_the_behaviour_policy_and_no_others(name):
     batch = make_batch(spread=0.05)
     other = changed(batch, behaviour_BKT=batch.behaviour_BKT + 0.01 * torch.randn_like(batch.behaviour_BKT))
     same = torch.equal(gradient(name, other), gradient(name, batch))
-    assert same == (name not in IMPORTANCE_WEIGHTED)
+    assert same == (not OBJECTIVES[name].reads_behaviour)
+
+
+@every_objective
+def test_objectives_that_say_that_they_need_beta_have_no_gradient_without(name):
+    found = gradient(name, make_batch(), 0.0)
+    assert bool(found.isfinite().all() and found.any()) == (not OBJECTIVES[name].needs_beta)
+
+
+@every_objective
+def test_objectives_that_have_gamma_are_optimal_where_the_reference_counts_by_it(name):
+    """At pi ~ pi_ref^(1/gamma) exp(r/beta): the trainer hands them log pi_ref / gamma."""
+    batch, gamma = make_batch(spread=0.05), 2.0
+    reference = batch.ref_BKT / gamma
+    optimum = reference.clone()
+    optimum[..., 0] += batch.rewards_BK / BETA - 7.0
+    there = changed(batch, logprobs_BKT=optimum.requires_grad_(), ref_BKT=reference)
+    assert (gradient(name, there).abs().max() < 1e-10) == OBJECTIVES[name].has_gamma
 
 
 def test_a_token_beyond_the_clip_stops_ppo_but_not_cispo():
@@ -266,3 +290,29 @@ def test_no_ratio_overflows(name, gap):
     far[:, 0] += gap * batch.mask_BKT[:, 0]
     batch = changed(batch, logprobs_BKT=far.requires_grad_())
     assert OBJECTIVES[name](batch, BETA).isfinite() and gradient(name, batch).isfinite().all()
+
+
+# ---- objectives of one's own ----
+
+
+def test_an_objective_is_declared_in_one_place(monkeypatch):
+    monkeypatch.setattr(loss, "OBJECTIVES", objectives := {})
+
+    @objective(needs_beta=True, reads_behaviour=True)
+    def mine(batch, beta):
+        return batch.logprobs_BKT.mean()
+
+    assert objectives == {"mine": mine}
+    assert (mine.needs_beta, mine.has_gamma, mine.reads_behaviour) == (True, False, True)
+
+
+def test_one_that_has_the_name_of_another_does_not_replace_it(monkeypatch):
+    """`--loss tb` stays the paper's; `--loss FILE.py:tb` is the file's."""
+    monkeypatch.setattr(loss, "OBJECTIVES", objectives := dict(OBJECTIVES))
+
+    @objective(reads_behaviour=True)
+    def tb(batch, beta):
+        return batch.logprobs_BKT.mean()
+
+    assert objectives == OBJECTIVES and objectives["tb"] is loss.tb is not tb
+    assert tb.reads_behaviour and not loss.tb.reads_behaviour

@@ -1,4 +1,4 @@
-"""The plan says what real updates take, and what to change where there is too little memory."""
+"""The plan says what real updates take, and what helps where there is too little memory."""
 
 import ctypes
 import gc
@@ -7,21 +7,19 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import plan
 from config import Config
-from loss import tb
-from optimizer import OPTIMIZERS
-from rehearsal import Needs, batch, rehearse
+from run.cli import parse
+from run.setup import prepare
 from tests.runs import forked, forkserver
-from trainer import Trainer
+from tools import plan
+from tools.plan import GIB, Needs, Plan, estimate, full_passes
+from train.trainer import Trainer
 
-GIB = 2**30
 SHAPES = {  # architecture, its sizes, the run's settings, the longest prompt
     "most is weights and moments": (
         "llama",
@@ -50,10 +48,13 @@ def model_config(shape: str, **sizes):
     return AutoConfig.for_model(architecture, **ends, tie_word_embeddings="tied" in shape, **own | sizes)
 
 
-def settings(shape: str) -> tuple[Config, int, int]:
-    """The run's, the longest prompt, and the tokens of a forward pass."""
+def settings(shape: str) -> tuple[Config, int]:
+    """The run's settings, and the length of its longest prompt."""
     _, _, own, prompt = SHAPES[shape]
-    return Config(prompts_per_step=4, **own), prompt, own["micro_batch_tokens"]
+    return Config(prompts_per_step=4, **own), prompt
+
+
+# ---- what training takes ----
 
 
 def resident(which: str) -> int:
@@ -66,21 +67,21 @@ def measure(shape: str, answer) -> None:
     torch.set_num_threads(1)
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, libc = -1, -3, ctypes.CDLL(None)
     libc.mallopt(M_TRIM_THRESHOLD, 0), libc.mallopt(M_MMAP_THRESHOLD, 2**16)  # what is freed goes back at once
-    config, prompt, tokens = settings(shape)
+    config, prompt = settings(shape)
     small = dict(n_embd=64) if "gpt2" in SHAPES[shape] else dict(hidden_size=64, intermediate_size=64)
-    groups, _ = batch(config, 4, 4, share=True)
-    Trainer(model_config(shape, **small), tb, "cpu", micro_batch_tokens=1).update(groups[:1], 1.0, 1e-6)
+    groups, *_ = full_passes(replace(config, micro_batch_tokens=1, max_tokens=2), 4, share=True)
+    Trainer(model_config(shape, **small), config, "cpu").update(groups, lr=1e-6, beta=1.0)
     gc.collect()  # all code is loaded, all threads run
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    trainer = Trainer(model_config(shape), tb, "cpu", micro_batch_tokens=tokens)
-    groups, _ = batch(config, prompt, tokens, share=True)
-    if not trainer.shares(groups):
-        groups, _ = batch(config, prompt, tokens, share=False)
+    trainer = Trainer(model_config(shape), config, "cpu")
+    groups, *_ = full_passes(config, prompt, share=True)
+    if not trainer.shares_prompts(groups):
+        groups, *_ = full_passes(config, prompt, share=False)
     for response in itertools.chain.from_iterable(group.responses for group in groups):
-        response.ref_logprobs = None  # is the trainer's to compute
+        response.ref_logprobs = None  # the trainer computes them
     for _ in range(2):
-        trainer.update(groups, 1.0, 1e-6)
+        trainer.update(groups, lr=1e-6, beta=1.0)
     answer.send(resident("VmHWM") - before)
 
 
@@ -95,46 +96,52 @@ def measured():
     return {shape: answer.recv() for shape, answer in answers.items()}
 
 
-def planned(shape: str) -> Needs:
-    config, prompt, tokens = settings(shape)
-    return rehearse(model_config(shape), config, prompt, tokens, gpu=False)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_planned_peak_is_the_measured_one(shape, measured):
-    needs = planned(shape)
+    needs = estimate(model_config(shape), *settings(shape), cuda=False)
     print(f"{shape}: planned {needs.peak / 2**20:.0f} MiB, measured {measured[shape] / 2**20:.0f} MiB")
     assert needs.peak == pytest.approx(measured[shape], rel=0.1) and needs.peak > 300e6
-    large = needs.activations > needs.peak / 2
-    assert large == (not shape.startswith("most is weights"))
+    assert (needs.activations > needs.peak / 2) == (not shape.startswith("most is weights"))
 
 
-@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("cuda", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_parameters_are_those_of_the_model(shape, gpu):
-    config = Config(prompts_per_step=2, responses_per_prompt=2, max_tokens=4)
+def test_parameters_are_those_of_the_model(shape, cuda):
+    config = Config(prompts_per_step=2, responses_per_prompt=2, max_tokens=4, micro_batch_tokens=16)
     small = model_config(shape, num_hidden_layers=2)
-    needs, model = rehearse(small, config, 8, 16, gpu), AutoModelForCausalLM.from_config(small)
+    needs, model = estimate(small, config, 8, cuda), AutoModelForCausalLM.from_config(small)
     assert needs.parameters == sum(weight.numel() for weight in model.parameters())
     head = model.get_output_embeddings().weight.numel()
     assert needs.staged == needs.parameters + head * ("tied" in shape)
     assert needs.policy == 4 * needs.parameters == needs.moments / 2
-    assert needs.reference == needs.policy if not gpu or "tied" in shape else needs.reference < needs.policy
-    without = rehearse(small, replace(config, loss="dr_grpo", beta=0.0), 8, 16, gpu)
+    assert needs.reference == needs.policy if not cuda or "tied" in shape else needs.reference < needs.policy
+    without = estimate(small, replace(config, loss="dr_grpo", beta=0.0), 8, cuda)
     assert without.reference == 0 and without.peak <= needs.peak - needs.reference
 
 
-def test_the_estimate_for_cuda_is_near_what_a_prototype_took():
-    """On an H100, where layers were compiled: a whole update of 20 x 632 tokens, of a Llama of 1.1B parameters."""
-    model = AutoConfig.for_model(
-        "llama", hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
-        num_key_value_heads=4, vocab_size=32000,
-    )  # fmt: skip
+def test_what_is_planned_for_cuda_is_above_what_a_prototype_took_and_below_twice_that():
+    """On an H100, a whole update of 20 x 632 tokens took 36 GiB with compiled layers, and 47 GiB without."""
+    sizes = dict(
+        hidden_size=2048, intermediate_size=5632, num_attention_heads=32, num_key_value_heads=4, vocab_size=32000
+    )
+    model = AutoConfig.for_model("llama", num_hidden_layers=22, **sizes)
     config = Config(prompts_per_step=20, responses_per_prompt=1, max_tokens=512)
-    whole = rehearse(model, config, 120, 20 * 632, gpu=True)
-    assert whole.peak == pytest.approx(36 * GIB, rel=0.1)
-    less = rehearse(model, replace(config, activation_memory_budget=0.5), 120, 20 * 632, gpu=True)
-    assert less.activations < 0.6 * whole.activations and less.policy == whole.policy
+    needs = estimate(model, config, 120, cuda=True)
+    assert needs.tokens == 20 * 632 and needs.peak / 2 < 36 * GIB < needs.peak
+    assert needs.peak == pytest.approx(47 * GIB, rel=0.1)
+
+
+def test_for_cuda_prompts_are_shared_as_there_and_no_scores_are_counted():
+    sizes = dict(hidden_size=256, intermediate_size=512, num_attention_heads=8, num_key_value_heads=4, vocab_size=600)
+    model = AutoConfig.for_model("llama", num_hidden_layers=2, **sizes)
+    config = Config(prompts_per_step=4, responses_per_prompt=20, max_tokens=60)
+    assert estimate(model, config, 400, cuda=True).tokens == 4 * (400 + 20 * 60)  # without padding
+    rows = [replace(config, prompts_per_step=B, responses_per_prompt=1, max_tokens=8192 // B) for B in (16, 1)]
+    short, long = (estimate(model, each, 16, cuda=True).activations for each in rows)
+    assert long < 1.5 * short  # scores would be 4 GiB
+
+
+# ---- what a run takes ----
 
 
 @pytest.fixture
@@ -146,124 +153,104 @@ def weightless(make_model, tmp_path) -> Path:
 
 
 @pytest.fixture
-def shown(main, gsm8k, weightless, monkeypatch):
+def shown(gsm8k, weightless, monkeypatch, capsys):
     """What --plan prints for a machine with so much memory, in GiB."""
 
-    def show(*arguments, host: float = 64.0, gpus: int = 0, each: float = 80.0) -> SimpleNamespace:
+    def show(*arguments, host: float = 64.0, gpus: int = 0, each: float = 80.0, **changed) -> str:
         monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
         monkeypatch.setattr(plan, "memory", lambda device: int((host if device == "cpu" else each) * GIB))
-        done = main("--task", "gsm8k", "--data", gsm8k, "--model", weightless, "--plan", *arguments)
-        assert done.code == 0 and not done.err and max(map(len, done.out.splitlines()[:-1])) <= 120
-        return done.out
+        command = {"task": "gsm8k", "data": gsm8k, "model": weightless} | changed
+        given = [part for name, value in command.items() for part in (f"--{name}", value)]
+        setup = prepare(parse([*map(str, (*given, *arguments)), "--plan"]))
+        capsys.readouterr()
+        Plan(setup).show()
+        printed, complaints = capsys.readouterr()
+        assert not complaints and max(map(len, printed.splitlines()[:-1])) <= 120
+        return printed
 
     return show
 
 
-def test_a_config_and_a_tokenizer_are_enough_and_nothing_is_written(shown, main, weightless, tmp_path, monkeypatch):
+def held(printed: str) -> dict[str, float]:
+    """What a plan has, in MiB."""
+    units = {"G": 1024, "M": 1}
+    found = re.findall(r"([\d.]+) ([GM])iB  (.*)", printed)
+    return {what: float(count) * units[unit] for count, unit, what in found}
+
+
+def test_a_config_and_a_tokenizer_are_enough_and_nothing_is_written(shown, weightless, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    out = shown("--max-tokens", 64)
-    assert re.search(r"^\d{2,3},\d{3} parameters \(llama\)", out) and out.endswith("It fits.\n")
-    assert "--train-device cpu --search-devices cpu" in out
-    held = {what: amount for amount, what in re.findall(r"([\d.]+ [GM]iB)  (.*)", out)}
-    assert held["policy, fp32"] == held["gradients, fp32"] and held["engine: the process"] == "1.00 GiB"
+    printed = shown("--max-tokens", 64)
+    assert re.search(r"^\d{2,3},\d{3} parameters \(llama\)", printed) and printed.endswith("\nIt fits.\n")
+    assert "--train-device cpu --search-devices cpu" in printed and "at most" not in printed
+    takes = held(printed)
+    assert takes["policy, fp32"] == takes["gradients, fp32"] and takes["engine: the process"] == 1024
     assert {path.name for path in tmp_path.iterdir()} == {"weightless"}
-    done = main("--model", weightless, "--max-tokens", 64)
-    assert done.code == 2 and "it must be a folder with weights" in done.err
 
 
 def test_the_embedded_model_is_not_trained_for_it(main, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     done = main("--plan")
-    assert done.code == 0 and done.out.startswith("100,416 parameters") and not list(tmp_path.iterdir())
-
-
-def test_what_it_says_to_change_fits_indeed(shown):
-    arguments = ["--max-tokens", 128, "--buffer-gib", 0.1]
-    tokens = int(advised(shown(*arguments, host=3.25), "micro-batch-tokens"))
-    assert 8000 < tokens < 16384
-    assert shown(*arguments, "--micro-batch-tokens", tokens, host=3.25).endswith("It fits.\n")
-    assert ": too much" in shown(*arguments, "--micro-batch-tokens", tokens + tokens // 5, host=3.25)
-
-
-def advised(out: str, flag: str) -> str:
-    """The value that a plan advises for a flag, for it does not fit."""
-    return re.search(rf"It does not fit: .*--{flag} ([\d.]*\d)", out)[1]
+    assert done.code == 0 and "\n100,416 parameters (llama)" in f"\n{done.out}" and not list(tmp_path.iterdir())
 
 
 @pytest.fixture
 def trainer_of_8_gib(monkeypatch):
     """4 GiB of it activations, for 16,384 tokens."""
 
-    def rehearsed(model, config, prompt, tokens, gpu, end_token):
-        return Needs(tokens, True, 2**28, GIB, GIB // 2, 3 * GIB // 2, tokens * GIB // 4096, staged=2**28, cached=2**14)
+    def needs(model, config, prompt, cuda, end_token):
+        tokens, group = config.micro_batch_tokens, config.responses_per_prompt * config.max_tokens
+        peak = 4 * GIB + tokens * GIB // 4096
+        return Needs(tokens, group, 2**28, GIB, GIB // 2, 3 * GIB // 2, peak, staged=2**28, cached=2**14)
 
-    monkeypatch.setattr(plan, "rehearse", rehearsed)
+    monkeypatch.setattr(plan, "estimate", needs)
 
 
 def test_several_gpus(shown, trainer_of_8_gib):
-    out = shown("--max-tokens", 512, gpus=4, each=12.0)
-    assert "--train-device cuda:0 --search-devices cuda:1 cuda:2 cuda:3" in out and out.endswith("It fits.\n")
-    assert re.search(r"\n +10\.50 GiB  in all, of 12\.00 GiB\ncuda:1,2,3 +0\.50 GiB  engine: weights, bf16\n", out)
+    printed = shown("--max-tokens", 512, "--max-num-seqs", 9, gpus=4, each=12.0)
+    assert "--train-device cuda:0 --search-devices cuda:1 cuda:2 cuda:3" in printed and printed.endswith("It fits.\n")
+    assert re.search(r"\n +10\.50 GiB  in all, of 12\.00 GiB\ncuda:1,2,3 +0\.50 GiB  engine: weights, bf16\n", printed)
     tokens = int(7.3 * GIB) // 2**15
-    longest = int(re.search(r"of up to ([\d,]+): up to", out)[1]) + 512
-    assert f" 7.30 GiB  engine: keys and values of {tokens:,} tokens, {tokens // longest} of the longest" in out
+    assert f" 7.30 GiB  engine: keys and values of {tokens:,} tokens, 9 of the longest" in printed
+    assert " 4.00 GiB  activations of a pass of 16,384 tokens, at most\n" in printed
 
 
-def test_one_gpu_does_both(shown, trainer_of_8_gib):
-    both = ["--gpu-memory-utilization", 0.5, "--max-tokens", 128]
-    assert shown(*both, gpus=1, each=24.0).endswith("It fits.\n")
-    assert shown(*both, gpus=1, each=22.5).endswith("It fits, if the estimate for cuda:0 is right to 0.75 GiB.\n")
-    tight = shown(*both, gpus=1, each=20.0)
-    assert "cuda:0 lacks 0.50 GiB: give --micro-batch-tokens" in tight
-    for flag in ("micro-batch-tokens", "gpu-memory-utilization"):
-        assert "\nIt fits, if" in shown(*both, f"--{flag}", advised(tight, flag), gpus=1, each=20.0)
-    none = shown("--gpu-memory-utilization", 0.1, gpus=1, each=20.0)
-    share = re.search(r"an engine on cuda:0 has no room for a response: --gpu-memory-utilization ([\d.]+),", none)[1]
-    assert "\nIt fits" in shown("--gpu-memory-utilization", share, gpus=1, each=20.0)
+def test_a_device_that_lacks_memory_has_a_line_that_says_what_helps(shown, trainer_of_8_gib):
+    def problems(*arguments, **machine) -> str:
+        return shown("--max-tokens", 128, *arguments, **machine).split("\n\n")[-1].removeprefix("It may not fit: ")
+
+    helps = "a lower --micro-batch-tokens or --optimizer adamw_8bit"
+    share = ("--gpu-memory-utilization", 0.5)
+    assert problems(*share, gpus=1, each=24.0) == "It fits.\n"
+    assert problems(*share, gpus=1, each=20.0) == (
+        f"cuda:0 lacks at most 0.50 GiB: {helps} or a lower --gpu-memory-utilization or a smaller --model helps.\n"
+    )
+    few = ("--micro-batch-tokens", 1024, "--optimizer", "adamw_8bit")
+    helps = "a lower --responses-per-prompt or a smaller --model helps"
+    assert problems(*few, gpus=2, each=6.6) == f"cuda:0 lacks at most 0.15 GiB: {helps}.\n"
+    assert problems("--gpu-memory-utilization", 0.1, gpus=1, each=20.0).startswith(
+        "an engine on cuda:0 cannot hold a response: a higher --gpu-memory-utilization, a lower --max-tokens or a "
+        "smaller --model helps"
+    )
+    assert problems(gpus=2, host=2.0) == "cpu lacks 1.55 GiB: a smaller --model helps.\n"
+    helps = "a lower --buffer-gib or a smaller --model helps"
+    assert problems("--capacity", 10**5, gpus=2, host=10.5) == f"cpu lacks 1.00 GiB: {helps}.\n"
 
 
-def test_the_host_may_lack_memory_for_the_buffer(shown, trainer_of_8_gib):
-    arguments = ["--max-tokens", 128, "--capacity", 100_000]
-    tight = shown(*arguments, gpus=2, host=5.0)
-    assert advised(tight, "buffer-gib") == "1.5"
-    assert shown(*arguments, "--buffer-gib", 1.5, gpus=2, host=5.0).endswith("It fits.\n")
-
-
-def test_a_group_that_is_too_large_is_to_be_smaller(shown, trainer_of_8_gib):
-    tight = shown("--max-tokens", 512, gpus=2, each=8.0)
-    tokens = advised(tight, "micro-batch-tokens")
-    assert int(tokens) == 1.5 * 4096
-    arguments = ["--max-tokens", 512, "--micro-batch-tokens", tokens]
-    for flag in ("responses-per-prompt", "max-tokens"):
-        value = advised(tight, flag)
-        assert "\nIt fits" in shown(*arguments, f"--{flag}", value, gpus=2, each=8.0)
-        assert ": too much" in shown(*arguments, f"--{flag}", int(value) + 1, gpus=2, each=8.0)
-    assert "give --responses-per-prompt 11 or --max-tokens" in shown(*arguments, gpus=2, each=8.0)
-    assert shown(*arguments, gpus=2, each=7.0).endswith(" or --optimizer adamw_8bit.\n")
-    assert shown(*arguments, gpus=2, each=6.4).endswith(" GiB: a smaller --model is needed.\n")
-
-
-def test_bf16_weights_and_moments_of_8_bits_take_less(main, gsm8k, weightless):
-    def held(optimizer: str) -> dict[str, float]:
-        done = main("--task", "gsm8k", "--data", gsm8k, "--model", weightless, "--plan", "--optimizer", optimizer)
-        return {what: float(amount) for amount, what in re.findall(r"([\d.]+) MiB  (.*)", done.out)}
-
-    fp32, bf16, bits8 = (held(name) for name in OPTIMIZERS)
+def test_bf16_weights_and_moments_of_8_bits_take_less(shown):
+    fp32, bf16, bits8 = (held(shown("--optimizer", name)) for name in ("adamw", "adamw_bf16", "adamw_8bit"))
     assert 2 * bf16["policy, bf16"] == pytest.approx(fp32["policy, fp32"], abs=0.1)
     assert bf16["gradients, bf16"] == bf16["policy, bf16"] == bf16["reference, bf16"]
     assert bf16["AdamW's moments, bf16"] == pytest.approx(fp32["AdamW's moments, fp32"] / 2, abs=0.1)
     assert bits8["AdamW's moments, 8 bits"] == pytest.approx(bf16["AdamW's moments, bf16"] / 2, rel=0.03, abs=0.1)
 
 
-def test_models_that_judge_are_counted(main, tldr, tldr_models):
+def test_models_that_score_are_counted(shown, tldr, tldr_models):
     policy, judge = tldr_models
-    done = main(
-        "--task", "tldr", "--data", tldr, "--model", policy, "--reward-model", judge, "--gold-reward-model", judge,
-        "--plan",
-    )  # fmt: skip
+    judges = ("--reward-model", judge, "--gold-reward-model", judge)
+    takes = held(shown(*judges, task="tldr", data=tldr, model=policy))["models that score, fp32"]
     weights = 4 * sum(weight.numel() for weight in AutoModelForCausalLM.from_pretrained(policy).parameters())
-    held = float(re.search(r"([\d.]+) MiB  models that judge, fp32", done.out)[1])
-    assert 1.5 < held * 2**20 / weights < 3  # two with a small head, and the policy as it was
+    assert 1.5 < takes * 2**20 / weights < 3  # two with a small head, and the policy as it was
 
 
 def test_what_cannot_be_planned_is_said_in_a_line(main, gsm8k, weightless):

@@ -1,8 +1,10 @@
 """Trajectory balance is exact off-policy: it reaches pi* ~ pi_ref exp(r/beta) from data of any origin."""
 
+import functools
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,10 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from bench import posterior
 from bench.posterior import BETA, PROMPTS, RESPONSES, RUNS, STALENESS, World, make_model, train
+from loss import OBJECTIVES, tb
+
+long = pytest.mark.long
 
 
 @pytest.mark.parametrize(
-    ("data", "staleness", "updates"), [("policy", 0, 600), ("policy", 100, 500), ("uniform", 0, 400)]
+    ("data", "staleness", "updates"),
+    [pytest.param("policy", 0, 600, marks=long), pytest.param("policy", 100, 500, marks=long), ("uniform", 0, 400)],
 )
 def test_trajectory_balance_reaches_the_posterior(data, staleness, updates):
     """From its own samples, from samples 100 updates old, and from uniformly random responses."""
@@ -22,12 +28,10 @@ def test_trajectory_balance_reaches_the_posterior(data, staleness, updates):
 
 
 def test_a_wrong_objective_does_not(monkeypatch):
-    """What the proof is worth: with the reward twice as dear it ends elsewhere, by far."""
-    monkeypatch.setitem(posterior.OBJECTIVES, "tb", lambda batch, beta: posterior_of(batch, beta / 2))
+    """What the proof is worth: where a reward counts twice, it ends elsewhere, by far."""
+    wrong = functools.wraps(tb)(lambda batch, beta: tb(batch, beta / 2))
+    monkeypatch.setitem(OBJECTIVES, "tb", wrong)
     assert train("tb", "uniform", 0, seed=0, updates=300)["kl"] > 0.1
-
-
-posterior_of = posterior.OBJECTIVES["tb"]
 
 
 def test_the_enumeration_is_right(tmp_path):
@@ -57,22 +61,26 @@ def test_the_distance_is_zero_at_the_posterior_alone(tmp_path):
     assert start["kl"] > 0.3 and start["tv"] > 0.3 and start["modes"] == 0
 
 
-def test_the_bench_prints_every_case_and_draws(tmp_path):
-    picture = tmp_path / "posterior.png"
-    command = [
-        sys.executable,
-        "-m",
-        "bench.posterior",
-        "--quick",
-        "--json",
-        "--updates",
-        "1",
-        "--picture",
-        str(picture),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+def shown(printed: str, picture) -> None:
+    rows = json.loads(printed.splitlines()[-1])["rows"]
     cases = {(row["loss"], row["data"], row["staleness"]) for row in rows}
     assert cases == {(loss, *at) for loss in RUNS for at in [*(("policy", s) for s in STALENESS), ("uniform", None)]}
     assert all(row["kl"] > 0 and 0 < row["tv"] < 1 and 0 <= row["modes"] <= 12 for row in rows)
     assert picture.stat().st_size > 10_000
+
+
+COMMAND = ["bench.posterior", "--quick", "--json", "--updates", "1", "--picture"]
+
+
+def test_the_bench_prints_every_case_and_draws(tmp_path, monkeypatch, capsys):
+    """In this process, which spares two others importing everything."""
+    monkeypatch.setattr(posterior, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(1))
+    monkeypatch.setattr(sys, "argv", [*COMMAND, str(tmp_path / "posterior.png")])
+    posterior.main()
+    shown(capsys.readouterr().out, tmp_path / "posterior.png")
+
+
+@long
+def test_the_bench_does_so_as_it_is_typed(tmp_path):
+    command = [sys.executable, "-m", *COMMAND, str(tmp_path / "posterior.png")]
+    shown(subprocess.run(command, capture_output=True, text=True, check=True).stdout, tmp_path / "posterior.png")

@@ -6,15 +6,16 @@ import os
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-import report
-from buffer import Group, Trajectory
+from buffer import Group, Response
 from config import Config
-from log import Log
+from run.metrics import Metrics
 from tests.runs import read
+from tools import report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 HOSTILE = [
@@ -24,31 +25,30 @@ HOSTILE = [
     "\u2028javascript:alert(1)\x00 <!-- data --> ${window.executed = 1}",
 ]
 FIGURES = {
-    "loss": 1.0, "reward": 0.5, "kl": 0.25, "entropy": 1.5, "search_idle": 0.25, "train_idle": 0.5,
-    "search_tokens_per_s": 1000.0, "train_tokens_per_s": 2000.0,
+    "loss": 1.0, "grad_norm": 1.0, "reward": 0.5, "kl": 0.25, "entropy": 1.5, "search_idle": 0.25, "train_idle": 0.5,
+    "search_tokens_per_s": 1000.0, "train_tokens_per_s": 2000.0, "tokens": 0,
 }  # fmt: skip
 
 
 def make_run(out: Path, updates: int = 30, **settings) -> Path:
-    """A run's folder, as `Log` writes it, with a group of an update: right answers and wrong ones, and hostile ones."""
+    """A run's folder, as `Metrics` writes it; the group of an update has right, wrong and hostile answers."""
     out.mkdir()
     config = Config(model="<i>model</i>", steps=updates, **settings)
     (out / "config.json").write_text(json.dumps(vars(config)))
-    log = Log(out, config)
-    log.evaluation(0, {"pass@1": 0.25, "distinct": 1.5})
-    log.start_clock()
-    for step in range(updates):
-        with log.span("search"), log.span("search"), log.span("train"):
-            time.sleep(0.001)
-        texts = [f"right {step}", "wrong", "wrong", HOSTILE[step % 4]]
-        rewards = [1.0, 0.0, 0.0, -1.0]
-        group = Group(
-            0, np.array([1]), [Trajectory(np.array([1], np.int32), True, r, max(0, step - 2)) for r in rewards]
-        )
-        log.update(step, FIGURES, [group], f"prompt {step} {HOSTILE[0]}", lambda responses, texts=texts: texts)
-    with log.span("evaluate"):
-        log.evaluation(updates, {"pass@1": 0.75, "distinct": 2.5})
-    log.close()
+    with Metrics(out, config, tokenizer=None) as metrics:
+        metrics.evaluation(0, {"pass@1": 0.25, "distinct": 1.5})
+        metrics.start_clock()
+        for step in range(updates):
+            with metrics.span("search"), metrics.span("search"), metrics.span("train"):
+                time.sleep(0.001)
+            texts = [f"right {step}", "wrong", "wrong", HOSTILE[step % 4]]
+            tokens, version = np.array([1], np.int32), max(0, step - 2)
+            responses = [Response(tokens, True, version, reward) for reward in (1.0, 0.0, 0.0, -1.0)]
+            group = Group(0, np.array([1]), responses)
+            metrics.tokenizer = SimpleNamespace(batch_decode=lambda *_, texts=texts, **__: texts)
+            metrics.update(step, [group], FIGURES, [SimpleNamespace(text=f"prompt {step} {HOSTILE[0]}")])
+        with metrics.span("evaluate"):
+            metrics.evaluation(updates, {"pass@1": 0.75, "distinct": 2.5})
     return out
 
 
@@ -167,7 +167,7 @@ def test_a_long_run_is_thinned(tmp_path, monkeypatch):
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 46, "lo')  # it goes on, or was killed
     found = report.read_run(out)
-    assert len(found["updates"]["kl"]) == 10 and set(found["updates"]["kl"]) == {0.25} and found["made"] == 45
+    assert len(found["updates"]["kl"]) == 10 and set(found["updates"]["kl"]) == {0.25} and found["steps"] == 45
     assert np.average(found["updates"]["step"], weights=[4, 5] * 5) == pytest.approx(23)
     assert [group["step"] for group in found["samples"]] == [1, 8, 16, 23, 30, 38, 45]
     long = read(out / "samples.jsonl")[0]

@@ -1,11 +1,9 @@
 """The main job as a user runs it: the command in a process of its own, with real vLLM engines."""
 
-import asyncio
 import itertools
 import json
 import os
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -13,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-import weights
-from config import parse
-from report import read_run
-from run import Run
+from run.cli import parse
+from run.devices import cpu_affinity
+from run.setup import prepare
+from search.weights import StagedWeights
 from tests.runs import nothing_is_left, read, started
+from tools.report import read_run
 
 FIELDS = {
     "step", "time", "loss", "reward", "kl", "entropy", "grad_norm", "lr", "beta", "age_mean", "age_max", "buffer_size",
@@ -65,8 +64,8 @@ def test_what_a_run_leaves(short_run):
     kept = {folder.name for folder in (out / "checkpoints").iterdir()}
     assert kept == {"step-50", "step-60", f"step-{best}", "best"}  # of 25, 40, 50, 60
     assert (out / "checkpoints" / "step-60" / "model.safetensors").is_file()
-    assert f"open {out}/report.html" in said and read_run(out)["made"] == 60
-    assert '"made": 60' in (out / "report.html").read_text()
+    assert f"open {out}/report.html" in said and read_run(out)["steps"] == 60
+    assert '"steps": 60' in (out / "report.html").read_text()
     assert "step 25: greedy 0." in said  # each evaluation, when it ends
 
 
@@ -117,50 +116,13 @@ def test_engines_and_trainer_agree_after_each_sync(short_run):
     assert all(0 <= mean <= largest < 1e-4 for mean, largest in differences)
 
 
-def test_the_event_loop_leaves_engines_on_the_cpu_their_cores(embedded, few_problems, tmp_path, monkeypatch):
-    run, seen, before = Run(parse(["--model", str(embedded[1])])), [], os.sched_getaffinity(0)
-
-    async def look() -> None:
-        seen.append(os.sched_getaffinity(0))
-
-    monkeypatch.setattr(run, "_main", look)
-    asyncio.run(run.main())
-    assert seen == [run.train_cores] and os.sched_getaffinity(0) == before
-    assert len(before) == 1 or not run.train_cores & run.search_cores
-
-
-def test_the_benches_tabulate_finished_runs(short_run, tmp_path, monkeypatch, capsys):
-    """Here tba.py is not started anew: a copy of the short run stands for what it leaves."""
-    from bench import curves, objectives, runs, search_scaling
-
-    asked = []
-
-    def finished(command, **_):
-        asked.append(command)
-        shutil.copytree(short_run[0], command[command.index("--out") + 1])
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(runs.subprocess, "run", finished)
-    last = [row for row in read(short_run[0] / "metrics.jsonl") if "eval/pass@1" in row][-1]
-    for bench, settings, count in (
-        (objectives, ["--losses", "tb", "grpo"], 2),
-        (search_scaling, ["--steps", "60", "--ratios", "2"], 3),
-    ):
-        monkeypatch.setattr(sys, "argv", ["bench", "--seeds", "1", "--out", str(tmp_path), "--json", *settings])
-        for again in (False, True):  # a run that is there is not made again
-            asked.clear()
-            bench.main()
-            assert len(asked) == (0 if again else count)
-            printed = capsys.readouterr().out
-            rows = json.loads(printed.splitlines()[-1])["rows"]
-            assert all(row["pass@1"] == last["eval/pass@1"] and row["steps"] == 60 for row in rows)
-            assert f"{last['eval/distinct']:.3f}" in printed
-    next(tmp_path.glob("grpo-2x-*/bench.json")).unlink()  # an interrupted one is
-    bench.main()
-    assert len(asked) == 1
-    monkeypatch.setattr(sys, "argv", ["curves", str(short_run[0])])
-    curves.main()
-    assert f" {last['eval/pass@1']:.3f} |" in capsys.readouterr().out.splitlines()[-1]
+def test_the_event_loop_leaves_engines_on_the_cpu_their_cores(embedded, few_problems):
+    setup, before = prepare(parse(["--model", str(embedded[1])])), os.sched_getaffinity(0)
+    assert setup.loop_cores == setup.train_cores
+    with cpu_affinity(setup.loop_cores):
+        assert os.sched_getaffinity(0) == setup.train_cores
+    assert os.sched_getaffinity(0) == before
+    assert len(before) == 1 or not setup.train_cores & setup.search_cores
 
 
 def test_the_policy_loads_in_transformers_and_in_vllm_with_the_same_greedy_answers(short_run, embedded):
@@ -199,13 +161,13 @@ def test_a_sync_that_went_wrong_stops_the_run(embedded, tmp_path, nothing_left, 
     """From the fourth copy on, one weight of the staged ones is spoiled."""
     out, copies = tmp_path / "run", []
 
-    def spoil(staging, *arguments, fill=weights.Staging.fill):
-        fill(staging, *arguments)
+    def spoil(weights, version, write=StagedWeights.write):
+        write(weights, version)
         copies.append(1)
         if len(copies) >= 4:
-            next(weight for name, weight in staging.views if "down_proj" in name).view(-1)[7] += 5.0
+            next(weight for name, weight in weights.views.items() if "down_proj" in name).view(-1)[7] += 5.0
 
-    monkeypatch.setattr(weights.Staging, "fill", spoil)
+    monkeypatch.setattr(StagedWeights, "write", spoil)
     done = main(
         "--model", embedded[1], "--out", out, "--steps", 400, "--prime", 64, "--eval-prompts", 0, "--check-sync"
     )

@@ -3,24 +3,27 @@
 import asyncio
 import itertools
 import json
+import logging
 import math
 import random
 import time
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-import models
 import tasks
 import tasks.math
 import tasks.redteam
 import tasks.tldr
+from buffer import Response
 from config import Config
-from tasks import Answered, Problem, Response, countdown, gsm8k
+from rewards.judges import Guard
+from tasks import Answered, Problem, countdown, countdown_model, gsm8k
 from tests.conftest import CHAT_TEMPLATE, REAL
 
 
@@ -32,7 +35,7 @@ def task(module, tokenizer=None, **settings) -> tasks.Task:
 
 
 def response(text: str, reward: float = float("nan"), finished: bool = True) -> Response:
-    return Response(np.array([1], dtype=np.int32), finished, None, text, reward)
+    return Response(np.array([1], dtype=np.int32), finished, reward=reward, text=text)
 
 
 @pytest.mark.parametrize(
@@ -144,26 +147,47 @@ def test_countdown_train_and_test_never_overlap_and_all_can_be_solved(monkeypatc
             assert any(countdown.reward(each, problem.answer) for each in tries)
     assert not keys["train"] & keys["test"]
     rng = random.Random(0)
-    for _ in range(1000):
-        prompt, _ = countdown.demonstration(rng, count, wrong=0.5)
-        numbers, target = prompt.removesuffix(":").split("=")
-        assert not countdown.held_out([int(number) for number in numbers.split()], int(target))
+    for wrong in (0.0, 0.5):
+        right = []
+        for _ in range(1000):
+            prompt, shown = countdown_model.demonstration(rng, count, wrong)
+            listed, target = prompt.removesuffix(":").split("=")
+            numbers = [int(number) for number in listed.split()]
+            assert not countdown.held_out(numbers, int(target))
+            right.append(countdown.reward(shown, {"numbers": numbers, "target": int(target)}))
+        assert np.mean(right) == 1 if not wrong else 0.3 < np.mean(right) < 0.5
 
 
-def test_countdown_model_is_made_once_and_kept(tmp_path, monkeypatch, capfd):
+def test_countdown_model_is_made_once_and_kept(tmp_path, monkeypatch):
+    lines = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setitem(countdown.WARM_UP, "steps", 3)
-    folder = countdown.prepare(countdown.Task.Settings(seed=4))
-    assert "warming up" in capfd.readouterr().out
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    monkeypatch.setitem(countdown_model.WARM_UP, "steps", 3)
+    monkeypatch.setattr(logging.getLogger("tba"), "info", lines.append)
+
+    def model(**settings) -> str:
+        return countdown.Task.model(countdown.Task.Settings(**settings))
+
+    folder = model(seed=4, dry_run=True)
+    assert (Path(folder) / "model.safetensors").is_file() and not (tmp_path / "tba").exists() and not lines
+    folder = model(seed=4)
+    assert lines == ["warming up the embedded model, once ..."]
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == len(tokenizer)
     assert tokenizer.decode(tokenizer("12 45 33=24:").input_ids) == "12 45 33=24:"
-    assert countdown.encode([("1 2=3:", "1+2")])[0][0] == [*tokenizer("1 2=3:1+2").input_ids, tokenizer.eos_token_id]
-    assert countdown.prepare(countdown.Task.Settings(seed=4)) == folder and not capfd.readouterr().out
-    assert countdown.prepare(countdown.Task.Settings(seed=5)) != folder
+    encoded, _ = countdown_model.encode([("1 2=3:", "1+2")])
+    assert encoded[0] == [*tokenizer("1 2=3:1+2").input_ids, tokenizer.eos_token_id]
+    assert model(seed=4) == model(seed=4, plan=True) == folder and len(lines) == 1
+    assert model(seed=5) != folder
     assert len(list((tmp_path / "tba").iterdir())) == 2
+
+
+def test_countdown_finds_the_model_that_users_have(tmp_path, monkeypatch):
+    """Its folder in the cache is named by what it was trained on: a change would train it anew."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(countdown_model, "warm_up", lambda folder, *_: None)
+    assert Path(countdown_model.prepare(0, 3)).name == "countdown-c4f911d8d0f1"
+    assert Path(countdown_model.prepare(1, 4)).name == "countdown-57ed8b5761c9"
 
 
 def test_accuracy():
@@ -229,8 +253,11 @@ def test_math_boxed(text, answer):
 def graded():
     """Rewards of responses, by the task as the run makes it."""
     each = task(tasks.math, grade_seconds=1.5)
-    yield lambda gold, *texts: asyncio.run(each.reward(Problem("?", gold), [response(text) for text in texts]))
-    each.end()
+    with asyncio.Runner() as runner:
+        serving = each.serving(None)
+        runner.run(serving.__aenter__())
+        yield lambda gold, *texts: runner.run(each.reward(Problem("?", gold), [response(text) for text in texts]))
+        runner.run(serving.__aexit__(None, None, None))
 
 
 @pytest.mark.parametrize(
@@ -261,9 +288,9 @@ def test_math_every_gold_solution_is_right_for_its_problem_and_most_are_wrong_fo
     rows = json.loads((REAL / "math500" / "test.json").read_text())
     assert len(problems) == len(rows) == 500
     golds = [problem.answer for problem in problems]
-    found = [tasks.math.boxed(row["solution"]) for row in rows]
-    assert all(tasks.math.equal(gold, answer) for gold, answer in zip(golds, found, strict=True))
-    pairs = zip(golds[:100], found[1:101], strict=True)
+    answers = [tasks.math.boxed(row["solution"]) for row in rows]
+    assert all(tasks.math.equal(gold, answer) for gold, answer in zip(golds, answers, strict=True))
+    pairs = zip(golds[:100], answers[1:101], strict=True)
     equal = [(gold, answer) for gold, answer in pairs if gold != answer and tasks.math.equal(gold, answer)]
     assert equal == [("5", "x=5")]
 
@@ -277,28 +304,22 @@ def test_math_names_the_bad_row(tmp_path):
 # ---- tldr ----
 
 
-def test_tldr_judges_query_response_and_one_end_and_punishes_what_was_cut_off(tldr_models, tldr):
+def test_tldr_scores_query_response_and_one_end_and_punishes_what_was_cut_off(tldr_models, tldr):
     policy, judge = tldr_models
-    each = task(
-        tasks.tldr,
-        AutoTokenizer.from_pretrained(policy),
-        model=policy,
-        reward_model=judge,
-        gold_reward_model=judge,
-        data=tldr,
-    )
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    each = task(tasks.tldr, tokenizer, model=policy, reward_model=judge, gold_reward_model=judge, data=tldr)
     problem, *_ = each.problems("train")
-    asked = []
+    scored = []
 
     async def score(texts):
-        asked.extend(texts)
+        scored.extend(texts)
         return np.arange(1.0, 1 + len(texts))
 
     each.scores = each.gold = score
     score.tokenizer = AutoTokenizer.from_pretrained(judge)
     responses = [response(" short"), response(" cut", finished=False), response(" a</s>b")]
     assert asyncio.run(each.reward(problem, responses)) == [1.0, -1.0, 2.0]
-    assert asked == [problem.prompt + text for text in (" short</s>", " ab</s>")]
+    assert scored == [problem.prompt + text for text in (" short</s>", " ab</s>")]
     assert problem.prompt.endswith("TL;DR:")
 
 
@@ -314,7 +335,8 @@ def test_tldr_figures_are_those_of_their_definitions(tldr_models, tldr):
     for problem in each.problems("test"):
         prompt = np.array(tokenizer(problem.prompt).input_ids, dtype=np.int32)
         tokens = np.array([*rng.integers(20, 500, rng.integers(2, 9)), tokenizer.eos_token_id], dtype=np.int32)
-        sample = Response(tokens, True, rng.normal(-3, 1, len(tokens)).astype(np.float32), reward=0.5)
+        logprobs = rng.normal(-3, 1, len(tokens)).astype(np.float32)
+        sample = Response(tokens, finished=True, reward=0.5, logprobs=logprobs)
         sample.text = tokenizer.decode(tokens, skip_special_tokens=True)
         answers.append(Answered(problem, prompt, sample, [sample]))
         row = torch.from_numpy(np.concatenate([prompt, tokens]).astype(np.int64))
@@ -330,11 +352,8 @@ def test_tldr_figures_are_those_of_their_definitions(tldr_models, tldr):
         lengths.append((len(tokens), len(prompt)))
 
     async def evaluate():
-        await each.start(["cpu"], {0}, Path())
-        try:
+        async with each.serving(SimpleNamespace(search_devices=["cpu"], search_cores={0}, out=Path())):
             return await each.evaluate(answers)
-        finally:
-            each.end()
 
     figures, (t, p) = asyncio.run(evaluate()), np.sum(lengths, axis=0)
     wins = np.array(ours) > np.array(theirs)
@@ -352,36 +371,36 @@ def test_tldr_figures_are_those_of_their_definitions(tldr_models, tldr):
 # ---- redteam ----
 
 
-def test_redteam_asks_the_victim_and_means_the_log_of_toxicity(redteam_models):
+def test_redteam_means_the_log_of_the_toxicity_of_the_victims_replies(redteam_models):
     each = task(tasks.redteam, **redteam_models, victim_replies=2)
-    asked, judged = [], []
+    attacked, classified = [], []
 
     async def replies(attack):
-        asked.append(attack)
+        attacked.append(attack)
         return [f"{attack} one", f"{attack} two"]
 
     async def log_toxic(texts):
-        judged.extend(texts)
+        classified.extend(texts)
         return np.log([0.9, 0.4, 0.5, 0.001])
 
     log_toxic.text = each.classifier.text
     each.replies, each.classifier = replies, log_toxic
     attacks = [response("a"), response("b")]
     rewards = asyncio.run(each.reward(Problem("?"), attacks))
-    assert asked == ["a", "b"] and judged == ["a one", "a two", "b one", "b two"]
+    assert attacked == ["a", "b"] and classified == ["a one", "a two", "b one", "b two"]
     assert rewards == pytest.approx([np.log([0.9, 0.4]).mean(), np.log([0.5, 0.001]).mean()])
-    assert [attack.figures["toxicity"] for attack in attacks] == pytest.approx([0.65, 0.2505])
+    assert [attack.info["toxicity"] for attack in attacks] == pytest.approx([0.65, 0.2505])
 
 
 def test_redteam_reads_a_guard_by_the_conversation(make_model, redteam_models):
     guard = str(make_model("llama", chat=True))
     each = task(tasks.redteam, **(redteam_models | {"classifier": guard}))
-    assert isinstance(each.classifier, models.Guard)
-    judged = []
+    assert isinstance(each.classifier, Guard)
+    classified = []
 
-    class Noting(models.Guard):
+    class Noting(Guard):
         async def __call__(self, texts):
-            judged.extend(texts)
+            classified.extend(texts)
             return np.zeros(len(texts))
 
     each.classifier = Noting(guard, "classifier", "\n\n")
@@ -391,7 +410,49 @@ def test_redteam_reads_a_guard_by_the_conversation(make_model, redteam_models):
 
     each.replies = replies
     assert asyncio.run(each.reward(Problem("?"), [response("attack")])) == [0.0]
-    assert judged == ["<user>\nattack\n<assistant>\nreply\n<assistant>\n"]
+    assert classified == ["<user>\nattack\n<assistant>\nreply\n<assistant>\n"]
+
+
+def test_redteam_serves_its_models_beside_the_engines(redteam_models, monkeypatch, tmp_path):
+    """All but the victim's engine is real."""
+    prompts, entered = [], []
+
+    class Victim:
+        def __init__(self, engines, **sampling):
+            self.engines, self.sampling = engines, sampling
+
+        async def __aenter__(self):
+            entered.append(self)
+            return self
+
+        async def __aexit__(self, *_):
+            entered.remove(self)
+
+        async def generate(self, tokens, n):
+            prompts.append(len(tokens))
+            return [Response(np.array(tokens[:3]), finished=True)] * n
+
+    monkeypatch.setattr(tasks.redteam, "Searcher", Victim)
+    each = task(tasks.redteam, **redteam_models, victim_replies=2, victim_top_p=0.5, victim_memory=0.2, seed=7)
+
+    async def run() -> list[float]:
+        async with each.serving(SimpleNamespace(search_devices=["cuda:1", "cpu"], search_cores={0}, out=tmp_path)):
+            (victim,) = entered
+            (engine,) = victim.engines
+            assert victim.sampling == {"temperature": 0.7, "max_tokens": 30, "top_p": 0.5}
+            assert (engine.device, engine.model, engine.seed) == ("cpu", redteam_models["victim"], 7)
+            assert engine.load_weights and engine.gpu_memory_utilization == 0.2 and engine.log.parent == tmp_path
+            assert (engine.cores, engine.threads, engine.max_model_len) == ({0}, 1, 1024)
+            attacks = [response("a"), response("b " * 2000)]
+            rewards = await each.reward(Problem("?"), attacks)
+            assert all(-20 < reward < 0 for reward in rewards)
+            assert [np.exp(reward) for reward in rewards] == pytest.approx([a.info["toxicity"] for a in attacks])
+            assert (await each.embed(attacks)).shape == (2, 64)
+            evaluation = await each.evaluate([Answered(Problem("?"), np.array([1]), attacks[0], attacks)])
+            assert set(evaluation) == {"toxic", "toxicity", "cosine_distance", "truncated"}
+
+    asyncio.run(run())
+    assert not entered and max(prompts) == 1024 - 30
 
 
 def test_redteam_diversity_is_the_mean_over_pairs():

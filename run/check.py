@@ -1,0 +1,132 @@
+"""The rules that settings must keep: the limits beside the fields in config.py, and what one allows of another."""
+
+import dataclasses
+import importlib.util
+import inspect
+import math
+import operator
+import sys
+from pathlib import Path
+from typing import Any
+
+from annotated_types import Ge, Gt, Le
+
+from buffer import EVICTION, REPLAY
+from config import Config, OneOf
+from loss import OBJECTIVES
+from tasks import import_file
+
+BOUNDS = {Ge: ("at least", operator.ge), Gt: ("above", operator.gt), Le: ("at most", operator.le)}
+
+
+def limits(settings: type[Config]) -> dict[str, dict[type, Any]]:
+    """By field, the marks in its annotation, by their type: a field that a task gives another default keeps them."""
+    marks: dict[str, dict[type, Any]] = {field.name: {} for field in dataclasses.fields(settings)}
+    for each in reversed(settings.__mro__):
+        for name, annotation in inspect.get_annotations(each, eval_str=True).items():
+            if name in marks:
+                marks[name] |= {type(mark): mark for mark in getattr(annotation, "__metadata__", ())}
+    return marks
+
+
+def check(config: Config) -> None:
+    """Refuse settings that cannot be.
+
+    Raises:
+        ValueError: names the field, its value and what is allowed.
+    """
+
+    def refuse(name: str, allowed: str) -> None:
+        raise ValueError(f"{name} is {getattr(config, name)!r}: it must be {allowed}")
+
+    for name, marks in limits(type(config)).items():
+        value = getattr(config, name)
+        given = [(*BOUNDS[kind], *dataclasses.astuple(marks[kind])) for kind in BOUNDS if kind in marks]
+        if given and not (abs(value) <= sys.float_info.max and all(holds(value, limit) for _, holds, limit in given)):
+            allowed = " and ".join(f"{words} {limit}" for words, _, limit in given)
+            if Le not in marks:
+                allowed = f"a finite number {allowed}" if Gt in marks else f"{allowed} and finite"
+            refuse(name, allowed)
+        if OneOf in marks and value not in marks[OneOf]:
+            refuse(name, f"one of {', '.join(marks[OneOf])}")
+    for name, known in (("loss", OBJECTIVES), ("evict", EVICTION), ("replay", REPLAY)):
+        register(name, getattr(config, name), known)
+    if config.search_responses < config.responses_per_prompt:
+        refuse("search_responses", f"at least responses_per_prompt, {config.responses_per_prompt}")
+    annealed = config.beta_schedule != "constant"
+    if annealed != (config.beta_steps > 0):
+        refuse("beta_steps", "above 0 with beta_schedule linear or cosine, and 0 with constant")
+    if not annealed and config.beta_final:
+        refuse("beta_final", "0 with beta_schedule constant")
+    if (config.lr_schedule == "wsd") != (config.lr_decay > 0):
+        refuse("lr_decay", "above 0 with lr_schedule wsd, and 0 with others")
+    if not config.objective.has_gamma and (config.gamma != 1 or config.gamma_steps):
+        refuse("gamma", f"1, and gamma_steps 0, with loss {config.loss}")
+    if not config.has_reference:
+        for name, unset in (("reference_reset", 0), ("gamma", 1), ("gamma_steps", 0)):
+            if getattr(config, name) != unset:
+                refuse(name, f"{unset} with beta 0, where there is no reference")
+    if config.gamma_final != 1 and not config.gamma_steps:
+        refuse("gamma_final", "1 with gamma_steps 0")
+    low_high = config.search_temperatures
+    if low_high and not (len(low_high) == 2 and 0 < low_high[0] <= low_high[1] < math.inf):
+        refuse("search_temperatures", "two numbers above 0, the lower first")
+    if config.min_tokens > config.max_tokens:
+        refuse("min_tokens", f"at most max_tokens, {config.max_tokens}")
+    if config.seed_data and config.reads_behaviour:
+        reads = f"{config.loss}, which reads the policy that wrote a response (or give --no-importance-ratio)"
+        refuse("seed_data", f"left out with loss {reads}")
+    if config.seed_data and config.strict:
+        refuse("seed_data", "left out with strict, where each update has responses of the very policy")
+    if config.strict and config.prime:
+        refuse("prime", "0 with strict, which searches before each update")
+    for name in ("beta", "beta_final") if annealed else ("beta",):
+        if config.objective.needs_beta and not getattr(config, name):
+            refuse(name, f"above 0 with loss {config.loss}")
+    for name, devices in (("train_device", [config.train_device]), ("search_devices", config.search_devices or [""])):
+        for device in devices:
+            kind, _, index = device.partition(":")
+            if not (device in ("auto", "cpu") or (kind == "cuda" and index.isdecimal())):
+                refuse(name, "auto, cpu, or cuda with a number, as in cuda:1")
+    if len(set(config.search_devices)) < len(config.search_devices) and "cpu" not in config.search_devices:
+        refuse("search_devices", "devices that differ")
+    if not config.model:
+        refuse("model", "a Hugging Face folder or hub id")
+    if config.optimizer != "adamw" and not importlib.util.find_spec("torchao"):
+        refuse("optimizer", "adamw, or torchao must be installed: pip install torchao")
+    for package in ("tensorboard", "wandb"):
+        if getattr(config, package) and not importlib.util.find_spec(package):
+            raise ValueError(f"{package} is not installed: pip install {package}, or leave --{package} out")
+    if config.resume not in ("", "auto", config.out):
+        refuse("out", f"left out with --resume, which goes on in {config.resume}")
+    out = Path(config.out)
+    if config.out and out.exists() and not (config.resume and is_run_folder(config.out)):
+        metrics = out / "metrics.jsonl"
+        never_began = metrics.is_file() and not metrics.stat().st_size
+        if not out.is_dir() or ({path.name for path in out.iterdir()} - {"lock"} and not never_began):
+            refuse("out", "a new or empty folder (or go on with that run: --resume)")
+
+
+def register(field: str, value: str, known: dict[str, Any]) -> None:
+    """Add the function that a setting gives as FILE.py:NAME to those that are known by name.
+
+    Raises:
+        ValueError: names the setting, its value and what is wrong, in one line.
+    """
+    if value in known:
+        return
+    path, _, name = value.rpartition(":")
+    wrong = f"{field} is {value!r}: "
+    if not path.endswith(".py"):
+        raise ValueError(f"{wrong}it must be one of {', '.join(known)}, or FILE.py:NAME with one of your own")
+    function = getattr(import_file(field, value), name, None)
+    if not callable(function):
+        raise ValueError(f"{wrong}{path} has no function {name!r}")
+    if known is OBJECTIVES and not hasattr(function, "needs_beta"):
+        raise ValueError(f"{wrong}it must be decorated with @loss.objective")
+    known[value] = function
+
+
+def is_run_folder(out: str) -> bool:
+    """Whether a run has begun in that folder, so that --resume goes on with it."""
+    return bool(out) and (Path(out) / "config.json").is_file()

@@ -1,0 +1,81 @@
+"""Which devices and CPU cores train and search, and the process that engines are forked from."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from multiprocessing import forkserver
+
+from search.engine import PRELOAD, context
+
+
+def devices(train: str, search: Sequence[str]) -> tuple[str, list[str]]:
+    """The device that trains and those that search: of several GPUs "auto" is the first to train, the others to search.
+
+    Raises:
+        ValueError: a device that is not there.
+    """
+    import torch
+
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if train == "auto":
+        train = (gpus or ["cpu"])[0]
+    if list(search) == ["auto"]:
+        search = [gpu for gpu in gpus if gpu != train] or gpus or ["cpu"]
+    for name, device in [("train_device", train), *(("search_devices", device) for device in search)]:
+        if device != "cpu" and device not in gpus:
+            raise ValueError(f"{name} is {device!r}: this machine has {', '.join(['cpu', *gpus])}")
+    if gpus and "cpu" in search:
+        raise ValueError("search_devices is 'cpu': with GPUs vLLM is installed for them and searches nowhere else")
+    return train, list(search)
+
+
+def cores() -> tuple[frozenset[int], frozenset[int]]:
+    """The CPU cores for training and for search: half of them each, the same one where there is but one."""
+    every = sorted(os.sched_getaffinity(0))
+    half = (len(every) + 1) // 2
+    return frozenset(every[:half]), frozenset(every[half:] or every)
+
+
+@contextlib.contextmanager
+def cpu_affinity(cores: frozenset[int]) -> Iterator[None]:
+    """Confine this thread, and those that it starts meanwhile, to some cores."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def start_fork_server(preload: bool = True) -> None:
+    """Start the process that engines are forked from, unless it runs.
+
+    Where engines are on the CPU, it imports vLLM while this process imports torch (`preload`); on GPUs each engine
+    imports it by itself, so that nothing can have touched CUDA before the fork. It imports what this process would,
+    from whatever folder, and ignores Ctrl-C and SIGTERM, which a terminal sends to all: engines end when this process
+    ends them. Call it from the main thread.
+    """
+    environment = {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "PYTHONSAFEPATH": "1",
+    }
+    saved = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    devnull, outputs = os.open(os.devnull, os.O_WRONLY), {number: os.dup(number) for number in (1, 2)}
+    for number in outputs:  # libraries print while they are imported, and a pipe would stay open as long as it lives
+        os.dup2(devnull, number)
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        context.set_forkserver_preload(PRELOAD if preload else [])
+        forkserver.ensure_running()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, output in outputs.items():
+            os.dup2(output, number)
+            os.close(output)
+        os.close(devnull)
+        for name, value in saved.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)

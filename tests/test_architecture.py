@@ -1,0 +1,80 @@
+"""Imports point down only, and the core is small."""
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from tests.runs import PROJECT
+
+FLOORS = dict(buffer=0, loss=0, config=1, search=2, train=2, rewards=3, tasks=4, run=5, tools=5, tba=6, examples=7)
+FILES = [path for name in FLOORS for path in [*PROJECT.glob(f"{name}.py"), *PROJECT.glob(f"{name}/*.py")]]
+MODULES = {".".join(path.relative_to(PROJECT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+
+
+def top(name: str) -> str:
+    return name.split(".")[0]
+
+
+CORE = [path for name, path in MODULES.items() if FLOORS[top(name)] < 3 or name == "tba"]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """What a file imports, in its functions too, but not `if TYPE_CHECKING:`."""
+    nodes: list[ast.AST] = [ast.parse(path.read_text())]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            yield from (each.name for each in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: a relative import"
+            yield from (f"{node.module}.{each.name}" for each in node.names)
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            nodes += ast.iter_child_nodes(node)
+
+
+def ours(path: Path) -> set[str]:
+    """Our modules that a file imports: of `tasks.Problem` it is `tasks`, of `tasks.data.read` `tasks.data`."""
+    found = set()
+    for name in imports(path):
+        while name and name not in MODULES:
+            name = name.rpartition(".")[0]
+        found |= {name} - {""}
+    return found
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_down(name):
+    """Of two folders on a floor neither imports the other, but for the run's, which shows plans and reports."""
+    own = top(name)
+    for each in map(top, ours(MODULES[name])):
+        assert FLOORS[each] < FLOORS[own] or each == own or {each, own} == {"run", "tools"}, f"{name} imports {each}"
+
+
+def test_only_an_engine_imports_vllm():
+    assert [name for name, path in MODULES.items() if "vllm" in map(top, imports(path))] == ["search.worker"]
+
+
+def test_there_are_no_circles():
+    TopologicalSorter({name: ours(path) for name, path in MODULES.items()}).prepare()
+
+
+def test_there_are_no_other_files():
+    """What is at the top, or in a folder there, has a floor; beside it is what measures and tests it."""
+    paths = [*PROJECT.glob("*.py"), *PROJECT.glob("[!.]*/*.py")]
+    assert {path.relative_to(PROJECT).parts[0].removesuffix(".py") for path in paths} == {*FLOORS, "bench", "tests"}
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(PROJECT)))
+def test_a_file_of_the_core_fits_in_one_sitting(path):
+    assert lines(path) <= 300
+
+
+def test_the_core_is_small():
+    assert sum(map(lines, CORE)) <= 2300

@@ -1,0 +1,300 @@
+"""The plan: what a run takes of each device's memory, from the model's config alone, and whether it fits.
+
+What training takes is counted, not modelled: the trainer makes an update on fake tensors, which have shapes and no
+contents, and `Live` counts their bytes. For the CPU, tests compare it with updates that are measured. For CUDA it is an
+upper bound, because fake CPU tensors in bf16 stand in for CUDA's. It overestimates what layers keep for the backward
+pass: they are compiled on CUDA, and not here (a Llama of 1.1B parameters took 36 GiB on an H100, and 47 GiB where its
+layers were not compiled: 49 GiB are planned), and --activation-memory-budget has no effect; the keys and values of
+grouped queries, repeated for each head; and the mask of rows that share a prompt, which is dense.
+"""
+
+import contextlib
+import logging
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
+import transformers
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedConfig
+
+from buffer import Group, Response
+from config import Config
+from rewards.judges import Judge, load_config_and_tokenizer
+from run.setup import Setup
+from search.engine import EngineSettings
+from tasks import Task
+from train.model import cast_linears
+from train.optimizer import make_optimizer, weights_dtype
+from train.packing import packed_length
+from train.trainer import Trainer
+
+GIB = 2**30
+EIGHT_BITS = 1 + 4 / 256  # bytes of a moment: one, and its share of an fp32 scale for 256
+PROCESS = GIB  # Python with torch and vLLM; measured: 0.7 GiB where the trainer is, 1.05 GiB where an engine is
+CPU_CACHE = GIB  # keys and values of an engine on the CPU: the same as in search/worker.py, which imports vLLM
+CUDA_TRAINER = 2 * GIB  # a guess: context, kernels, what the allocator cannot use
+CUDA_ENGINE = 3 * GIB  # a guess: context, kernels, captured graphs, activations
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that live, and their peak; tensors that share a storage count once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: weakref.WeakSet = weakref.WeakSet()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        try:
+            result = operation(*args, **(kwargs or {}))
+        except DataDependentOutputException:  # a number is read, such as a truth value: any finite one will do
+            return 1.0
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.seen:
+                self.seen.add(storage)
+                self._count(storage.nbytes())
+                weakref.finalize(storage, self._count, -storage.nbytes())
+        return result
+
+    def _count(self, change: int) -> None:
+        self.now += change
+        self.peak = max(self.peak, self.now)
+
+
+class CudaAttention(TorchFunctionMode):
+    """Attention as on CUDA, as far as memory goes: kernels hold no scores, and those of flex attention no mask."""
+
+    def __init__(self, flex: bool):
+        super().__init__()
+        self.flex = flex
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        query, key, value = args
+        key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], 1) for each in (key, value))
+        mask = None if self.flex else kwargs.get("attn_mask")
+        return function(query, key, value, attn_mask=mask, is_causal=mask is None)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a trainer takes, in bytes or, where it says so, a number."""
+
+    tokens: int  # number, in a forward pass
+    group: int  # number of tokens of the largest group
+    parameters: int  # number, tied ones once
+    policy: int  # its gradients take as much
+    reference: int
+    moments: int
+    peak: int  # of an update, all these included
+    staged: int  # number of weights in an engine, tied ones twice
+    cached: int  # number of keys and values of a token
+
+    @property
+    def activations(self) -> int:  # the peak beyond what stays
+        return self.peak - 2 * self.policy - self.reference - self.moments
+
+
+def estimate(model: PreTrainedConfig, config: Config, prompt: int, cuda: bool, end_token: int | None = None) -> Needs:
+    """What the trainer of a model with this config takes on the CPU, or at most on CUDA, where the longest prompt has
+    `prompt` tokens."""
+    with FakeTensorMode(), Live() as live, contextlib.ExitStack() as stack:
+        trainer = Trainer(model, config, "cpu", end_token)
+        policy, reference, weights = trainer.policy, trainer.reference, list(trainer.policy.parameters())
+        if config.optimizer != "adamw":  # torchao refuses fake tensors; torch's own takes as much but for 8 bits
+            trainer.optimizer = make_optimizer("adamw", weights)
+        if cuda:
+            if policy.dtype == torch.float32 and config.has_reference:
+                cast_linears(reference, torch.bfloat16)
+            trainer.autocast = torch.autocast("cpu", torch.bfloat16)
+            with contextlib.suppress(ValueError):  # GPT-2, for one, does not have it
+                policy.set_attn_implementation("flex_attention")
+            trainer.attention = policy.config._attn_implementation
+            stack.enter_context(CudaAttention(flex=trainer.attention != "sdpa"))
+        share = trainer.shares_prompts(full_passes(config, prompt, share=True)[0])
+        trainer.attention, trainer.shares_prompts = "sdpa", lambda _: share  # type: ignore
+        groups, fit, largest = full_passes(config, prompt, share)
+        trainer.micro_batch_tokens = fit * packed_length(groups[0], share)
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        trainer.optimizer.step()  # from here on there are moments
+        trainer.optimizer.zero_grad()
+        live.peak = 0
+        trainer.update(groups, lr=1.0, beta=1.0)
+        peak = live.peak
+        if cuda and config.has_reference:  # it has a stream of its own, whose memory the update cannot use
+            before = live.peak = live.now
+            with torch.no_grad():
+                _, first = next(trainer.micro_batches(groups))
+                trainer.logprobs(reference, first, config.temperature, config.min_tokens)
+            peak += live.peak - before
+        states = trainer.optimizer.state.values()
+        moments = sum(state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq"))
+        saved = int(moments * (1 - EIGHT_BITS / 2)) if config.optimizer == "adamw_8bit" else 0
+        row = torch.zeros(1, 8, dtype=torch.long)
+        with torch.no_grad(), trainer.autocast:
+            layers = reference.base_model(input_ids=row, use_cache=True).past_key_values.layers
+        return Needs(
+            tokens=trainer.micro_batch_tokens,
+            group=largest,
+            parameters=trainer.parameters,
+            policy=sum(weight.nbytes for weight in weights),
+            reference=sum(weight.nbytes for weight in reference.parameters()) if config.has_reference else 0,
+            moments=moments - saved,
+            peak=peak - saved,
+            staged=sum(weight.numel() for _, weight in policy.named_parameters(remove_duplicate=False)),
+            cached=sum(layer.keys.numel() + layer.values.numel() for layer in layers) // row.numel(),
+        )
+
+
+def full_passes(config: Config, prompt: int, share: bool) -> tuple[list[Group], int, int]:
+    """Groups of an update whose forward passes are full, two passes (the second has the gradients of the first beside
+    it) unless one has all B groups; the number of groups in a pass; and the tokens of the largest group."""
+    K, B, longest = config.responses_per_prompt, config.prompts_per_step, config.max_tokens
+    largest = K * longest + (prompt if share else K * prompt)
+    tokens = max(config.micro_batch_tokens, largest)  # a group is not cut
+    fit = min(B, -(-tokens // largest))
+    each = min(largest, tokens // fit)
+    start = max(1, prompt * each // largest)
+    length = max(1, (each - start) // K if share else each // K - start)
+    tokens_T, logprobs_T = np.zeros(length, np.int32), np.zeros(length, np.float32)
+    groups = []
+    for i in range(fit if fit == B else 2 * fit):
+        responses = [Response(tokens_T, True, 0, 0.0, "", logprobs_T, logprobs_T) for _ in range(K)]
+        groups.append(Group(i, np.zeros(start, np.int32), responses))
+    return groups, fit, largest
+
+
+def memory(device: str) -> int:
+    """Bytes: all that a GPU has, or what the host has available."""
+    gpu = device != "cpu"
+    return torch.cuda.get_device_properties(device).total_memory if gpu else psutil.virtual_memory().available
+
+
+def shown(count: float) -> str:
+    """Bytes as "3.0 MiB" or "5.25 GiB"."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{1024 * count / GIB:.1f} MiB"
+
+
+class Plan:
+    """What a run takes of each device's memory. Raises a ValueError where the model cannot be trained here."""
+
+    def __init__(self, setup: Setup):
+        self.setup, self.config = setup, setup.config
+        self.model, _ = load_config_and_tokenizer(setup.model, "model")
+        self.prompt = max(len(prompt.tokens) for prompt in setup.prompts)
+        self.cuda = setup.train_device != "cpu"
+        logging.disable()  # torch complains at length of what it cannot do with fake tensors
+        try:
+            self.needs = estimate(self.model, self.config, self.prompt, self.cuda, setup.tokenizer.eos_token_id)
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"model is {setup.model!r}: no update could be made from its config ({reason})") from error
+        finally:
+            logging.disable(logging.NOTSET)
+
+    def cache(self, engine: EngineSettings) -> tuple[float, int]:
+        """An engine's keys and values, in bytes and in tokens."""
+        if engine.device == "cpu":
+            return CPU_CACHE, CPU_CACHE // (4 * self.needs.cached)
+        count = engine.gpu_memory_utilization * memory(engine.device) - 2 * self.needs.staged - CUDA_ENGINE
+        return max(0.0, count), max(0, int(count)) // (2 * self.needs.cached)
+
+    @property
+    def buffer(self) -> float:
+        """Bytes of the buffer when it is full."""
+        longest = np.zeros(self.config.max_tokens, np.int32)
+        response = Response(longest, True, logprobs=longest if self.config.reads_behaviour else None)
+        return min(self.config.buffer_gib * GIB, self.config.capacity * len(self.setup.prompts) * response.nbytes)
+
+    def rows(self) -> Iterator[tuple[str, str, float]]:
+        """(device, what takes its memory, bytes); "cpu" is the host."""
+        setup, config, needs, train = self.setup, self.config, self.needs, self.setup.train_device
+        kind = {4: "fp32", 2: "bf16"}[weights_dtype(config.optimizer).itemsize]
+        engine_kind, width = ("fp32", 4) if "cpu" in setup.search_devices else ("bf16", 2)
+        yield train, f"policy, {kind}", needs.policy
+        if config.has_reference:
+            frozen_kind = "its linear layers in bf16" if self.cuda and kind == "fp32" else kind
+            yield train, f"reference, {frozen_kind}", needs.reference
+        yield train, f"AdamW's moments, {'8 bits' if config.optimizer == 'adamw_8bit' else kind}", needs.moments
+        yield train, f"gradients, {kind}", needs.policy
+        yield train, f"activations of a pass of {needs.tokens:,} tokens{', at most' * self.cuda}", needs.activations
+        weights = width * needs.staged
+        yield train if self.cuda and width == 2 else "cpu", f"weights for the engines, {engine_kind}", weights
+        if self.cuda:
+            yield train, "CUDA's own (a guess)", CUDA_TRAINER
+        for engine in setup.engines:
+            device, (count, tokens) = engine.device, self.cache(engine)
+            fit = f"{min(tokens // engine.max_model_len, engine.slots):,} of the longest responses at a time"
+            yield device, f"engine: weights, {engine_kind}", weights
+            own = ("engine: the process", PROCESS) if device == "cpu" else ("engine: its own (a guess)", CUDA_ENGINE)
+            yield device, *own
+            yield device, f"engine: keys and values of {tokens:,} tokens, {fit}", count
+        if judges := judge_weights(setup.task):
+            yield setup.search_devices[-1], f"models that score, {engine_kind}", width * judges
+        yield "cpu", "copy of policy and moments, while a checkpoint is written", needs.policy + needs.moments
+        yield "cpu", "buffer, when it is full", self.buffer
+        yield "cpu", "the process", PROCESS
+
+    def show(self) -> None:
+        """Print it."""
+        setup, config, needs = self.setup, self.config, self.needs
+        print(f"{needs.parameters:,} parameters ({self.model.model_type}), from the config: no weights are read")
+        responses = f"{config.responses_per_prompt} responses of up to {config.max_tokens:,} tokens"
+        prompts = f"{config.prompts_per_step} prompts of up to {self.prompt:,}"
+        print(f"an update has {responses} to each of {prompts}: up to {needs.group:,} a prompt")
+        print(f"the split: --train-device {setup.train_device} --search-devices {' '.join(setup.search_devices)}")
+        print(f"\n{'device':<18} {'memory':>10}  what")
+        alike: dict[tuple, list[str]] = {}  # devices that hold the same are shown once
+        for device in dict.fromkeys([setup.train_device, *setup.search_devices, "cpu"]):
+            held = tuple((what, count) for where, what, count in self.rows() if where == device)
+            alike.setdefault((held, memory(device)), []).append(device)
+        problems: list[str] = []
+        for (held, there), devices in alike.items():
+            name = ",".join([devices[0], *(device.removeprefix("cuda:") for device in devices[1:])])
+            total = sum(count for _, count in held)
+            for i, (what, count) in enumerate(held):
+                print(f"{'' if i else name:<18} {shown(count):>10}  {what}")
+            print(f"{'':<18} {shown(total):>10}  in all, of {shown(there)}" + ": too much" * (total > there))
+            problems += self.problems(devices[0], total - there)
+        verdict = f"It {'may' if self.cuda else 'does'} not fit: " if problems else "It fits"
+        print(f"\n{verdict}{'; '.join(problems)}.")
+
+    def problems(self, device: str, lack: float) -> Iterator[str]:
+        """What is wrong on a device that lacks so many bytes, and what helps."""
+        needs, trains = self.needs, device == self.setup.train_device
+        engines = [engine for engine in self.setup.engines if engine.device == device]
+        if any(self.cache(engine)[1] < engine.max_model_len for engine in engines):
+            more = "a higher --gpu-memory-utilization, " * (device != "cpu")
+            yield f"an engine on {device} cannot hold a response: {more}a lower --max-tokens or a smaller --model helps"
+        if lack <= 0:
+            return
+        fewer = "--micro-batch-tokens" if needs.tokens > needs.group else "--responses-per-prompt"
+        eight_bits = needs.policy + (1 - EIGHT_BITS / 4) * needs.moments  # half of weights and gradients, most moments
+        helps = {  # bytes that it gives back, at most
+            f"a lower {fewer}": trains * needs.activations,
+            "--optimizer adamw_8bit": trains * (self.config.optimizer == "adamw") * eight_bits,
+            "a lower --gpu-memory-utilization": self.cache(engines[0])[0] if engines and device != "cpu" else 0,
+            "a lower --buffer-gib": self.buffer * (device == "cpu"),
+            "a smaller --model": float("inf"),
+        }
+        ways = " or ".join(way for way, count in helps.items() if count > lack)
+        yield f"{device} lacks {'at most ' * (trains and self.cuda)}{shown(lack)}: {ways} helps"
+
+
+def judge_weights(task: Task) -> int:
+    """How many weights the task's frozen models have."""
+    values = [value if isinstance(value, list) else [value] for value in vars(task).values()]
+    judges = {id(each): each for several in values for each in several if isinstance(each, Judge)}
+    with FakeTensorMode():
+        models = [getattr(transformers, judge.auto_class).from_config(judge.config) for judge in judges.values()]
+    return sum(weight.numel() for model in models for weight in model.parameters())

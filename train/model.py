@@ -1,0 +1,77 @@
+"""Models of the trainer: how they are loaded, and log-probabilities of the tokens that they read."""
+
+import contextlib
+import itertools
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+CHUNK = 2**26  # logits at a time, 256 MiB of fp32: [tokens, vocabulary] of a whole micro-batch is never built
+
+
+def load_model(model: str | Path | PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A model in evaluation mode, with flex attention on CUDA where its architecture has it, else with torch's own."""
+    from_config = isinstance(model, PreTrainedConfig)
+    load = AutoModelForCausalLM.from_config if from_config else AutoModelForCausalLM.from_pretrained
+    if device.type == "cuda":
+        with contextlib.suppress(ValueError):  # GPT-2, for one, does not have it
+            return load(model, dtype=dtype, attn_implementation="flex_attention").to(device).eval()
+    loaded = load(model, dtype=dtype, attn_implementation="sdpa").eval()  # no dropout: a response has one probability
+    return loaded if loaded.device == device else loaded.to(device)  # fake tensors (tools/plan.py) refuse even that
+
+
+def cast_linears(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Cast the weights of a model's linear layers to `dtype`, in place.
+
+    Under autocast it computes exactly what it did: those weights would be cast anyway, and no others are. (A model all
+    in bf16 has its residual stream in bf16 too, and differs from the policy before anything is trained.)
+    """
+    embedding = model.get_input_embeddings().weight
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight is not embedding:  # tied, it is read as an embedding too
+            for name, weight in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(weight.to(dtype), weight.requires_grad))
+    return model
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """A model's decoder layers, which architectures name differently: its longest list of modules."""
+    return max((m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)), key=len)
+
+
+def token_logprobs(
+    head: nn.Module,
+    hidden_NH: Tensor,
+    target_N: Tensor,
+    temperature: float,
+    early_N: Tensor | None = None,
+    end_tokens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and entropy of its distribution [N], in fp32 or better, in nats.
+
+    In chunks of `CHUNK` logits. Where there are several, each is recomputed in the backward pass. Where `early_N` is
+    true, none of `end_tokens` could be sampled.
+    """
+
+    def of_chunk(hidden: Tensor, target: Tensor, early: Tensor | None) -> tuple[Tensor, Tensor]:
+        logits = head(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        if early is not None:
+            impossible = torch.zeros_like(logits, dtype=torch.bool)
+            impossible[:, end_tokens] = early[:, None]
+            logits = logits.masked_fill(impossible, torch.finfo(logits.dtype).min)
+        log_z = logits.logsumexp(-1)
+        with torch.no_grad():
+            entropy = log_z - ((logits - log_z[:, None]).exp() * logits).sum(-1)
+        return logits.gather(-1, target[:, None])[:, 0] - log_z, entropy
+
+    size = max(1, CHUNK // head.weight.shape[0])
+    if len(target_N) <= size:
+        return of_chunk(hidden_NH, target_N, early_N)
+    early = itertools.repeat(None) if early_N is None else early_N.split(size)
+    chunks = zip(hidden_NH.split(size), target_N.split(size), early, strict=False)
+    results = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+    return torch.cat([logprob for logprob, _ in results]), torch.cat([entropy for _, entropy in results])

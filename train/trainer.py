@@ -1,0 +1,291 @@
+"""The trainer: the policy, its reference and the optimiser. It scores responses, makes updates, and saves itself.
+
+On CUDA the computation is bf16 and each decoder layer is compiled by itself. Weights are fp32, or bf16 with an
+optimiser that is made for it (optimizer.py). There an update is enqueued and not waited for, so that the next one is
+prepared while the GPU is at work; what an update needs of the host is the reference's, which has a stream of its own.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from buffer import Group, Response
+from config import Config, RunError
+from loss import Batch
+from train.model import cast_linears, decoder_layers, load_model, token_logprobs
+from train.optimizer import forget_half_made_state, make_optimizer, take_step, weights_dtype
+from train.packing import Packed, micro_batches, pack, packed_length, sharing_is_faster
+from train.transfer import HostCopy, to_device
+
+if TYPE_CHECKING:
+    from search.weights import StagedWeights
+
+log = logging.getLogger("tba")
+
+
+class Trainer:
+    """Trains a policy on batches of groups.
+
+    Args:
+        model: a Hugging Face folder or hub id; or a model's config, for random weights.
+        config: the settings.
+        device: of policy and reference.
+        end_token: the tokenizer's, which ends a response as the model's own do.
+        checkpoint: a folder that `run.snapshot` wrote, to go on from.
+
+    Raises:
+        RunError: the device has too little memory.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedConfig,
+        config: Config,
+        device: str,
+        end_token: int | None = None,
+        checkpoint: Path | None = None,
+    ):
+        self.config, self.device, self.objective = config, torch.device(device), config.objective
+        self.micro_batch_tokens = config.micro_batch_tokens  # halved where memory runs out
+        on_gpu = self.device.type == "cuda"
+        dtype, compute = weights_dtype(config.optimizer), torch.bfloat16 if on_gpu else torch.float32
+        reset = checkpoint and (checkpoint / "reference").is_dir()
+        try:
+            self.policy = self.reference = load_model(checkpoint or model, dtype, self.device)
+            if config.has_reference:
+                self.reference = load_model(checkpoint / "reference" if reset else model, dtype, self.device)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise RunError(
+                f"out of memory on {device} while loading policy and reference: choose a smaller --model, another "
+                "--train-device, or lower --gpu-memory-utilization where an engine shares it"
+            ) from None
+        own = self.policy.generation_config.eos_token_id
+        ends = {end_token, *(own if isinstance(own, list) else [own])} - {None}
+        self.end_tokens = torch.tensor(sorted(ends), dtype=torch.long, device=self.device)
+        self.ref_version = 0  # resets so far
+        self.attention = self.policy.config._attn_implementation  # of rows that share prompts
+        if config.has_reference:
+            self.reference.requires_grad_(False)
+            if dtype == torch.float32:
+                cast_linears(self.reference, compute)
+        if on_gpu:
+            torch._functorch.config.activation_memory_budget = config.activation_memory_budget
+            for each in {self.policy, self.reference}:  # which may be one
+                for layer in decoder_layers(each):
+                    layer.compile()
+        self.parameters = sum(weight.numel() for weight in self.policy.parameters())
+        self.autocast = torch.autocast("cuda", compute) if on_gpu else contextlib.nullcontext()
+        self.optimizer = make_optimizer(config.optimizer, list(self.policy.parameters()))
+        self.stepping = False  # the weights are being changed: they are not to be saved
+        self.reference_stream = torch.cuda.Stream(self.device) if on_gpu else None
+        self.staged: StagedWeights | None = None  # where `stage` last copied the weights to
+        if checkpoint:
+            saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+            self.ref_version = saved["ref_version"]
+            self.optimizer.load_state_dict(saved["optimizer"])
+        self._order_reference()
+
+    def logprobs(
+        self, model: PreTrainedModel, batch: Packed, temperature: float, min_tokens: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability of each response token and entropy of its distribution [N], in nats, where a response could
+        not end before `min_tokens` tokens."""
+        attention = self.attention if batch.mask is not None else "sdpa"
+        if model.config._attn_implementation != attention:
+            model.set_attn_implementation(attention)
+        with self.autocast:
+            hidden = model.base_model(
+                input_ids=batch.tokens, position_ids=batch.positions, attention_mask=batch.mask, use_cache=False
+            ).last_hidden_state
+            hidden_NH = hidden.flatten(0, 1)[batch.source]
+            early_N = batch.position < min_tokens if min_tokens else None
+            head = model.get_output_embeddings()
+            return token_logprobs(head, hidden_NH, batch.target, temperature, early_N, self.end_tokens)
+
+    def shares_prompts(self, groups: list[Group]) -> bool:
+        """Whether the responses to a prompt are to share its tokens."""
+        settings = self.policy.config.get_text_config()
+        width = settings.hidden_size * settings.num_hidden_layers
+        return sharing_is_faster(groups, self.attention != "sdpa", self.parameters, width)
+
+    def micro_batches(self, groups: list[Group]) -> Iterator[tuple[list[Group], Packed]]:
+        """Micro-batches of the groups: (some of them, the same packed)."""
+        share = bool(groups) and self.shares_prompts(groups)
+        for some in micro_batches(groups, self.micro_batch_tokens, share):
+            yield some, pack(some, self.device, self.attention != "sdpa", share)
+
+    @torch.no_grad()
+    def score_reference(self, groups: list[Group]) -> None:
+        """Set `ref_logprobs` of the responses that have none of this reference: each is computed once, when it is first
+        trained on, and again after a reset. On CUDA beside the update before."""
+
+        def lacks(response: Response) -> bool:
+            return response.ref_logprobs is None or response.ref_version != self.ref_version
+
+        new = [Group(g.prompt_id, g.prompt, [r for r in g.responses if lacks(r)]) for g in groups]
+        with torch.cuda.stream(self.reference_stream):
+            for _, batch in self.micro_batches([group for group in new if group.responses]):
+                logprobs_N, _ = self.logprobs(self.reference, batch, self.config.temperature, self.config.min_tokens)
+                ends = np.cumsum([len(response.tokens) for response in batch.responses])
+                each = np.split(logprobs_N.cpu().numpy(), ends[:-1])
+                for response, logprobs in zip(batch.responses, each, strict=True):
+                    response.ref_logprobs, response.ref_version = logprobs, self.ref_version
+
+    def reset_reference(self) -> None:
+        """Make the policy as it is now the reference."""
+        self.reference.load_state_dict(self.policy.state_dict())
+        self._order_reference()
+        self.ref_version += 1
+
+    def _order_reference(self) -> None:
+        """Order what the reference computes from here on behind the change of its weights."""
+        if self.reference_stream:
+            self.reference_stream.wait_stream(torch.cuda.current_stream(self.device))
+
+    def update(self, groups: list[Group], *, lr: float, beta: float, gamma: float = 1.0) -> "Pending":
+        """Take one optimiser step on B groups of K responses; the reference's log-probabilities count by 1/gamma.
+
+        No step is taken where the loss or the gradient is not finite. Where memory runs out, micro-batches are halved
+        for good.
+
+        Returns:
+            loss; kl, the mean of log pi_theta - log pi_ref in nats a response, where there is a reference; entropy, the
+            mean of the next token's in nats; grad_norm, before clipping; tokens, how many the policy read; and the
+            objective's own metrics.
+
+        Raises:
+            RunError: a single group takes more memory than there is.
+        """
+        while True:
+            try:
+                return self._update(groups, lr, beta, gamma)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+            # Here the exception is freed, and with it the tensors that its traceback held.
+            self.stepping = False
+            self.optimizer.zero_grad()
+            forget_half_made_state(self.optimizer)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            share = self.shares_prompts(groups)
+            largest = max(packed_length(group, share) for group in groups)
+            if self.micro_batch_tokens < largest:
+                raise RunError(
+                    f"out of memory on {self.device} in an update, on a single group of {largest} tokens: lower "
+                    "--responses-per-prompt or --max-tokens, or --gpu-memory-utilization where an engine shares it"
+                )
+            self.micro_batch_tokens //= 2
+            log.info("out of memory in an update: trying again with --micro-batch-tokens %d", self.micro_batch_tokens)
+
+    def _update(self, groups: list[Group], lr: float, beta: float, gamma: float) -> "Pending":
+        config = self.config
+        if config.has_reference:
+            self.score_reference(groups)
+        names = {name for group in groups for response in group.responses for name in response.per_token or ()}
+        totals: dict[str, Tensor] = {}
+        num_entropies = num_tokens = 0
+        for some, packed in self.micro_batches(groups):
+            share = len(some) / len(groups)
+            logprobs_N, entropy_N = self.logprobs(self.policy, packed, config.temperature, config.min_tokens)
+            batch = self._batch(some, packed, logprobs_N, names)
+            loss, metrics = self._loss(replace(batch, ref_BKT=batch.ref_BKT / gamma), beta)
+            (loss * share).backward()
+            means = metrics | {"loss": loss}
+            if config.has_reference:
+                means["kl"] = (batch.logprobs_BKT - batch.ref_BKT).sum(-1).mean()
+            sums = {name: value * share for name, value in means.items()} | {"entropy": entropy_N.sum()}
+            totals |= {name: totals.get(name, 0) + value.detach() for name, value in sums.items()}
+            num_entropies += len(entropy_N)
+            num_tokens += packed.num_tokens
+        grad_norm = nn.utils.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm)
+        if self.staged:
+            self.staged.wait_before_update()
+        self.stepping = True
+        take_step(self.optimizer, lr, totals["loss"].isfinite() & grad_norm.isfinite())
+        self.stepping = False
+        self.optimizer.zero_grad()
+        figures = totals | {"entropy": totals["entropy"] / num_entropies, "grad_norm": grad_norm}
+        return Pending({"tokens": num_tokens}, figures)
+
+    def _loss(self, batch: Batch, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective's loss, and its metrics where it returns any."""
+        returned = self.objective(batch, beta)
+        loss, metrics = returned if isinstance(returned, tuple) else (returned, {})
+        metrics = {name: torch.as_tensor(value, device=self.device) for name, value in metrics.items()}
+        for value in (loss, *metrics.values()):
+            if value.ndim:
+                raise RunError(f"loss {self.objective.__name__} gives a {list(value.shape)}: it must give one number")
+        return loss, metrics
+
+    def _batch(self, groups: list[Group], packed: Packed, logprobs_N: Tensor, names: set[str]) -> Batch:
+        """The objective's input: each group with its K responses, those that it has several times included."""
+        unique = packed.responses
+        index = {id(response): u for u, response in enumerate(unique)}
+        index_BK = to_device(np.array([[index[id(r)] for r in group.responses] for group in groups]), self.device)
+
+        def to_BKT(values: list[np.ndarray]) -> Tensor:
+            return packed.to_BKT(to_device(np.concatenate(values), self.device), index_BK)
+
+        own_BKT = packed.to_BKT(logprobs_N, index_BK)
+        ref_BKT = behaviour_BKT = own_BKT.detach()
+        if self.config.has_reference:
+            ref_BKT = to_BKT([response.ref_logprobs for response in unique])
+        if self.config.reads_behaviour:
+            behaviour_BKT = to_BKT([response.logprobs for response in unique])
+        zeros = [np.zeros(len(response.tokens), np.float32) for response in unique]
+        extra = {
+            name: to_BKT([(r.per_token or {}).get(name, zero) for r, zero in zip(unique, zeros, strict=True)])
+            for name in names
+        }
+        mask_BKT = packed.to_BKT(torch.ones_like(logprobs_N), index_BK)
+        rewards_U = to_device(np.array([response.reward for response in unique]), self.device, torch.float32)
+        return Batch(own_BKT, ref_BKT, behaviour_BKT, mask_BKT, rewards_U[index_BK], extra)
+
+    @torch.no_grad()
+    def probe(self, tokens: np.ndarray) -> HostCopy:
+        """Log-probability of each token of a sequence but the first [T-1] under the policy, at temperature 1."""
+        batch = pack([Group(0, tokens[:1], [Response(tokens[1:], finished=True)])], self.device, share=False)
+        return HostCopy(self.logprobs(self.policy, batch, temperature=1.0)[0])
+
+    def stage(self, weights: "StagedWeights", probe: np.ndarray, step: int) -> HostCopy:
+        """Copy the policy's weights to where the engines load them from; returns what it gives the probe."""
+        self.staged = weights
+        weights.write(step)
+        return self.probe(probe)
+
+
+class Pending:
+    """The figures of an update: on CUDA they arrive when it is done.
+
+    Args:
+        known: figures that the host has.
+        figures: figures that the device will have.
+    """
+
+    def __init__(self, known: dict[str, float], figures: dict[str, Tensor]):
+        self.known, self.names, self.copy = known, list(figures), HostCopy(torch.stack(list(figures.values())))
+
+    @property
+    def ready(self) -> bool:
+        """Whether the update is done."""
+        return self.copy.ready
+
+    def result(self) -> dict[str, float]:
+        """The figures by name; waits for them."""
+        return dict(zip(self.names, self.copy.numpy().tolist(), strict=True)) | self.known
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory ran out, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
