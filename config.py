@@ -101,7 +101,7 @@ class Config:
     search_ahead: Annotated[float, Ge(1), MAY_CHANGE] = 8.0
     """Search pauses where it has generated more than so many times B x K responses for each update."""
     max_num_seqs: Annotated[int, Ge(0), MAY_CHANGE] = 0
-    """Sequences that an engine has in flight; 0: chosen, no more than keeps search within a few updates of training."""
+    """Sequences that an engine has in flight; 0: two updates' worth over all engines, at most 256 (CPU), 512 (GPU)."""
     capacity: Annotated[int, Ge(1)] = 100
     """Responses of a prompt in the buffer, at most."""
     buffer_gib: Annotated[float, Gt(0), MAY_CHANGE] = 8.0

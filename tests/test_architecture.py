@@ -77,4 +77,5 @@ def test_a_file_of_the_core_fits_in_one_sitting(path):
 
 
 def test_the_core_is_small():
-    assert sum(map(lines, CORE)) <= 2300
+    """At most 2,000 lines, docstrings and comments included, blank ones not."""
+    assert sum(bool(line.strip()) for path in CORE for line in path.read_text().splitlines()) <= 2000
