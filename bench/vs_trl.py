@@ -10,8 +10,8 @@ Both use both cores as they see fit, and both get a clock of training: from when
 compiling and evaluating. Every half second the policy is set aside; afterwards each is asked for 8 responses to each of
 800 held-out problems that neither has seen. `seconds` is the clock of the first policy with a pass@1 of 0.50 that those
 of the next two seconds have too; `distinct` is how many different right answers it gives a problem. TRL (in .venv-trl,
-which is made at first) has the settings that were best for it of those tried on 2 cores: see bench/README.md. Ours has
-the same objective, learning rate and beta.
+which is made at first) has the settings that were best for it of those tried on 2 cores: see docs/measurements.md.
+Ours has the same objective, learning rate and beta.
 
 With --speed a Llama of 1.1B with random weights (--size for another) is trained on 7 x 20 responses at a time, by TRL
 with vLLM colocated: `ours` and `trl` are the responses that are searched and trained on in a second.

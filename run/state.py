@@ -91,7 +91,7 @@ def status(tba: "TBA") -> str:
     config, under_way, searcher = tba.config, tba.metrics.under_way, tba.searcher
     parts = [
         f"{searcher.in_flight} sequences are in flight",
-        f"the rewards of {len(tba.sampler.in_flight) - under_way['search']} prompts are pending",
+        f"the rewards of {tba.rewards.waiting} prompts are pending",
         f"the buffer has {len(tba.buffer)} responses to {len(tba.buffer.prompts)} prompts",
     ]
     if any(engine.replacement for engine in searcher.engines):

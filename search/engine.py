@@ -41,6 +41,7 @@ class EngineSettings:
     cores: frozenset[int] = frozenset()  # CPU cores of an engine on the CPU
     threads: int = 1  # with which it computes on them
     load_weights: bool = False  # load the model's own weights; else `Searcher.load_weights` brings them
+    kv_cache_memory_bytes: int = 2**30  # of keys and values, on the CPU
 
     @property
     def slots(self) -> int:

@@ -33,7 +33,6 @@ from search.weights import open_flat, views_of
 if TYPE_CHECKING:
     from search.engine import EngineSettings
 
-CPU_CACHE = 2**30  # bytes of keys and values of an engine on the CPU
 FINAL = dict(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
 
 
@@ -79,7 +78,8 @@ def engine_args(settings: "EngineSettings") -> EngineArgs:
         own = dict(dtype="bfloat16", device_ids=[int(index or 0)], gpu_memory_utilization=share, load_format="dummy")
     else:  # what starts fastest: nothing is compiled, which gains less than it takes
         own = dict(
-            dtype="float32", enforce_eager=True, distributed_executor_backend="uni", kv_cache_memory_bytes=CPU_CACHE,
+            dtype="float32", enforce_eager=True, distributed_executor_backend="uni",
+            kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
             enable_prefix_caching=False,  # its blocks of 128 tokens are longer than most prompts here
             enable_chunked_prefill=False,  # with which the sampler on the CPU fails on a seed of a request's own
             max_num_batched_tokens=max(4096, settings.max_model_len), load_format="unpacked",

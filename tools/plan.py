@@ -39,7 +39,6 @@ from train.trainer import Trainer
 GIB = 2**30
 EIGHT_BITS = 1 + 4 / 256  # bytes of a moment: one, and its share of an fp32 scale for 256
 PROCESS = GIB  # Python with torch and vLLM; measured: 0.7 GiB where the trainer is, 1.05 GiB where an engine is
-CPU_CACHE = GIB  # keys and values of an engine on the CPU: the same as in search/worker.py, which imports vLLM
 CUDA_TRAINER = 2 * GIB  # a guess: context, kernels, what the allocator cannot use
 CUDA_ENGINE = 3 * GIB  # a guess: context, kernels, captured graphs, activations
 
@@ -205,7 +204,8 @@ class Plan:
     def cache(self, engine: EngineSettings) -> tuple[float, int]:
         """An engine's keys and values, in bytes and in tokens."""
         if engine.device == "cpu":
-            return CPU_CACHE, CPU_CACHE // (4 * self.needs.cached)
+            room = engine.kv_cache_memory_bytes
+            return room, room // (4 * self.needs.cached)
         count = engine.gpu_memory_utilization * memory(engine.device) - 2 * self.needs.staged - CUDA_ENGINE
         return max(0.0, count), max(0, int(count)) // (2 * self.needs.cached)
 
