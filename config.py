@@ -47,7 +47,7 @@ class Config:
     search_responses: Annotated[int, Ge(2)] = 16
     """S: responses that a search generates for a prompt, at least K."""
     loss: str = "tb"
-    """The objective: tb, tb_prime, rloo, grpo, dr_grpo, online_dpo, cispo, or your own, FILE.py:NAME."""
+    """The objective: tb, tb_tapered, tb_prime, rloo, grpo, dr_grpo, cispo, or your own, FILE.py:NAME."""
     importance_ratio: bool = True
     """Weigh tokens by pi/mu, in objectives that do; off: all count as on-policy, and search need not compute mu."""
     lr: Annotated[float, Gt(0)] = 1e-5
@@ -69,7 +69,7 @@ class Config:
     beta_steps: Annotated[int, Ge(0)] = 0
     """Updates until beta is beta_final."""
     gamma: Annotated[float, Gt(0)] = 1.0
-    """With loss tb or tb_prime the optimum is pi_ref^(1/gamma) exp(r/beta): above 1 the reference weighs less."""
+    """With a loss of the tb family the optimum is pi_ref^(1/gamma) exp(r/beta): above 1 the reference weighs less."""
     gamma_final: Annotated[float, Gt(0)] = 1.0
     """What gamma is annealed to, linearly."""
     gamma_steps: Annotated[int, Ge(0)] = 0

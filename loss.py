@@ -78,9 +78,32 @@ def tb(batch: Batch, beta: float) -> Tensor:
     >>> tb(batch, beta=0.5)  # d = -2, 0; log Z = 1; the squares are 1, 1
     tensor(0.2500)
     """
-    d_BK = (batch.logprobs_BKT - batch.ref_BKT).sum(-1) - batch.rewards_BK / beta
-    log_Z_B1 = -d_BK.detach().mean(dim=1, keepdim=True)
-    return beta / 2 * (log_Z_B1 + d_BK).square().mean()
+    return beta / 2 * _imbalance(batch, beta).square().mean()
+
+
+@objective(needs_beta=True, has_gamma=True, reads_behaviour=True)
+def tb_tapered(batch: Batch, beta: float) -> Tensor:
+    """`tb`, in which a response that the policy has already moved away from is pushed less.
+
+        L   = beta/2 mean_ij w_ij (log Z_i + d_ij)^2
+        w   = min(1, pi(y)/mu(y)) where log Z + d > 0, so that pi is to be lowered; 1 elsewhere     (no gradient)
+
+    The taper of TOPR (https://arxiv.org/abs/2503.14286) on trajectory balance. Lowering what is unlikely already moves
+    the policy most and gains least, and is what makes `tb` unsteady at high learning rates: there each response is
+    lowered as often as it is replayed, here until the policy would hardly write it. Raising is never tapered, so that
+    what was lowered by mistake comes back from data however old. As w > 0, L is zero exactly where that of `tb` is, at
+    pi = pi* on the responses at hand, whatever policy wrote them; on-policy w = 1 and the gradients are the same.
+
+    >>> import torch
+    >>> mu, ref, mask = torch.tensor([[[-1.0], [-2.0]]]), torch.full((1, 2, 1), -4.0), torch.ones(1, 2, 1)
+    >>> batch = Batch(ref, ref, mu, mask, torch.tensor([[1.0, 0.0]]))
+    >>> tb_tapered(batch, beta=0.5)  # log Z + d = -1, 1; w = 1, e^-2
+    tensor(0.1419)
+    """
+    imbalance_BK = _imbalance(batch, beta)
+    ratio_BK = (batch.logprobs_BKT - batch.behaviour_BKT).detach().sum(-1).clamp(max=0).exp()
+    weight_BK = ratio_BK.where(imbalance_BK.detach() > 0, 1.0)
+    return beta / 2 * (weight_BK * imbalance_BK.square()).mean()
 
 
 @objective(has_gamma=True, reads_behaviour=True)
@@ -178,25 +201,10 @@ def cispo(batch: Batch, beta: float) -> Tensor:
     return -((per_token_BKT * batch.mask_BKT).sum((1, 2)) / batch.mask_BKT.sum((1, 2))).mean()
 
 
-@objective(needs_beta=True)
-def online_dpo(batch: Batch, beta: float) -> Tensor:
-    """Direct preference optimisation of the best of K over the worst (https://arxiv.org/abs/2402.04792).
-
-        L = -log sigmoid(beta (h_best - h_worst)),    h_j = log pi(y_j) - log pi_ref(y_j)
-
-    A group whose rewards are all equal prefers nothing: it counts 0. Needs beta > 0.
-
-    >>> import torch
-    >>> one = torch.tensor([[[-1.0], [-2.0]]])
-    >>> batch = Batch(one, one, one, torch.ones(1, 2, 1), torch.tensor([[1.0, 0.0]]))
-    >>> online_dpo(batch, beta=0.1)  # log 2
-    tensor(0.6931)
-    """
-    h_BK = (batch.logprobs_BKT - batch.ref_BKT).sum(-1)
-    best_B1, worst_B1 = (pick(dim=1, keepdim=True) for pick in (batch.rewards_BK.argmax, batch.rewards_BK.argmin))
-    margin_B1 = beta * (h_BK.gather(1, best_B1) - h_BK.gather(1, worst_B1))
-    differ_B1 = batch.rewards_BK.gather(1, best_B1) > batch.rewards_BK.gather(1, worst_B1)
-    return (margin_B1.neg().logaddexp(margin_B1.new_zeros(())) * differ_B1).mean()
+def _imbalance(batch: Batch, beta: float) -> Tensor:
+    """log Z + d of trajectory balance [B, K], in nats: above 0 where pi is above pi*."""
+    d_BK = (batch.logprobs_BKT - batch.ref_BKT).sum(-1) - batch.rewards_BK / beta
+    return d_BK - d_BK.detach().mean(dim=1, keepdim=True)
 
 
 def _centred(x_BK: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Runs of tba.py side by side on Countdown, and what they have reached: a row for each setting.
 
     python -m bench.sweep objectives            every objective, 30 seconds of training each: 30 minutes on 2 cores
-    python -m bench.sweep search                more search at equal updates, where rewards are sparse: 20 minutes
+    python -m bench.sweep search                more search at equal updates, where rewards are sparse: 30 minutes
     python -m bench.sweep curves runs/NAME ...  learning curves of finished runs; --figure eval/greedy: another figure
 
 Flags: --seeds 3, --eval-prompts, --out (runs are kept there, and one that is there is not made again), --json (prints,
@@ -12,14 +12,14 @@ objectives --losses tb grpo --seconds 30 --lr 1e-4
     log pi - log pi_ref over the batches of the last 50 updates, in nats a response: the learning rate is almost 0 by
     then, so that they are near to samples of the final policy.
 
-search --ratios 1 2 4 8 --steps 200
-    Countdown with 4 numbers. The ratio is responses searched per response trained on: search and training take turns
-    (--strict), ratio x K responses are generated for each of the B prompts, and K of them are trained on. Three ways:
-    "tb with replay" (half the prompts are new, with K of their responses at random; the other half are any seen, with K
-    of all their stored responses by softmax of the reward), "tb without replay" (K of the new responses at random), and
-    "grpo", likewise. The last two have no use for what they do not train on, K at random are as good as K: they are run
-    at the first ratio alone, and stand for any. `pass@k` is whether any of 16 samples is right. Two runs go on at a
-    time: nothing here is a timing.
+search --ratios 1 4 32 --steps 64
+    bench/hard_task.py: 64 prompts with 4 numbers, of which the embedded model gets 1 in 170 right. The ratio is
+    responses searched per response trained on: search and training take turns (--strict), ratio x K responses are
+    generated for each of the B prompts, and K of them are trained on. "tb_tapered with replay": half the prompts are
+    new, with K of their responses at random; the other half are any seen, with K of all their stored responses by
+    softmax of the reward. "grpo" is on-policy: at ratio 1 with as many updates, and, "as many responses", with ratio
+    times the updates instead, so that it has searched as much. `pass@k` is whether any of 16 samples is right. Two runs
+    go on at a time: nothing here is a timing.
 """
 
 import argparse
@@ -42,11 +42,7 @@ LOSSES: dict[str, list] = {name: ["--loss", name] for name in OBJECTIVES} | {
     "dr_grpo_beta_0": ["--loss", "dr_grpo", "--beta", 1e-9],  # at 0 itself there is no reference, and no KL
     "cispo_beta_0": ["--loss", "cispo", "--beta", 1e-9],
 }
-METHODS: dict[str, list] = {
-    "tb with replay": ["--loss", "tb", "--on-policy-prob", 0.5, "--replay", "reward"],
-    "tb without replay": ["--loss", "tb"],
-    "grpo": ["--loss", "grpo"],
-}
+REPLAY = ["--loss", "tb_tapered", "--on-policy-prob", 0.5, "--replay", "reward", "--evict", "lowest_reward"]
 B, K = 8, 8  # of the search sweep
 COLUMNS = {"pass@1": 3, "greedy": 3, "pass@k": 3, "distinct": 3, "kl": 3, "steps": 0, "seconds": 0}  # digits
 
@@ -59,14 +55,16 @@ def objectives(wanted: argparse.Namespace) -> dict[str, list]:
 
 def search(wanted: argparse.Namespace) -> dict[str, list]:
     """The settings of each case, by its name."""
-    same = ["--numbers", 4, "--strict", "--steps", wanted.steps, "--lr", 6e-4, "--eval-samples", 16]
-    sizes = ["--prompts-per-step", B, "--responses-per-prompt", K]
-    ratios = sorted(set(wanted.ratios))
-    return {
-        f"{name} {ratio}x": [*METHODS[name], *same, *sizes, "--search-responses", ratio * K]
-        for name in METHODS
-        for ratio in (ratios if "--replay" in METHODS[name] else ratios[:1])
-    }
+    same = ["--task", "bench/hard_task.py", "--strict", "--lr", 6e-4, "--eval-samples", 16]
+    same += ["--prompts-per-step", B, "--responses-per-prompt", K]
+    cases: dict[str, list] = {}
+    for ratio in sorted(set(wanted.ratios)):
+        searched = ["--search-responses", ratio * K, "--steps", wanted.steps]
+        cases[f"tb_tapered with replay {ratio}x"] = [*REPLAY, *same, *searched]
+    for ratio in sorted(set(wanted.ratios)):
+        updates = ["--search-responses", K, "--steps", ratio * wanted.steps]
+        cases["grpo 1x" if ratio == 1 else f"grpo {ratio}x, as many responses"] = ["--loss", "grpo", *same, *updates]
+    return cases
 
 
 def run(root: Path, name: str, settings: list) -> dict[str, float]:
@@ -148,9 +146,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, eval_prompts in (("objectives", 400), ("search", 150)):
+    for name, eval_prompts in (("objectives", 400), ("search", 64)):
         command = commands.add_parser(name)
-        command.add_argument("--seeds", type=at_least(1), default=3)
+        command.add_argument("--seeds", type=at_least(1), default=5)
         command.add_argument("--eval-prompts", type=at_least(1), default=eval_prompts)
         command.add_argument("--out", type=Path, default=Path("runs/sweep"))
         command.add_argument("--json", action="store_true", help="print the rows as one JSON object, last")
@@ -159,8 +157,8 @@ def main(arguments: list[str] | None = None) -> None:
             command.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), metavar="NAME")
             command.add_argument("--lr", type=float, default=1e-4)
         else:
-            command.add_argument("--steps", type=at_least(1), default=200, help="updates of each run")
-            command.add_argument("--ratios", type=at_least(1), nargs="+", default=[1, 2, 4, 8])
+            command.add_argument("--steps", type=at_least(1), default=64, help="updates of each run")
+            command.add_argument("--ratios", type=at_least(1), nargs="+", default=[1, 4, 32])
     command = commands.add_parser("curves")
     command.add_argument("runs", nargs="+", type=Path)
     command.add_argument("--figure", default="eval/pass@1")

@@ -1,29 +1,33 @@
 """Which trains sooner to the same accuracy, this or TRL's GRPOTrainer? Countdown, from the same warmed-up models.
 
-    python -m bench.vs_trl                      seeds 0 to 2: about 10 minutes on 2 cores
-    python -m bench.vs_trl --loss tb --lr 1.5e-4 --beta 0.03  other settings of tba.py for our side
+    python -m bench.vs_trl                      seeds 0 to 4: about 25 minutes on 2 cores
+    python -m bench.vs_trl --only tba --lr 2e-4               one side alone; other settings of tba.py for ours
     python -m bench.vs_trl --trl '{"learning_rate": 2e-4}'    and of GRPOConfig for TRL's
     python -m bench.vs_trl --speed              for a GPU: responses a second, on the lengths of GSM8K and TL;DR
     python -m bench.vs_trl --json               prints, last, all figures as one JSON object
 
-Both use both cores as they see fit, and both get a clock of training: from when search begins, without loading,
-compiling and evaluating. Every half second the policy is set aside; afterwards each is asked for 8 responses to each of
-800 held-out problems that neither has seen. `seconds` is the clock of the first policy with a pass@1 of 0.50 that those
-of the next two seconds have too; `distinct` is how many different right answers it gives a problem. TRL (in .venv-trl,
-which is made at first) has the settings that were best for it of those tried on 2 cores: see docs/measurements.md.
-Ours has the same objective, learning rate and beta.
+Three sides: "tba", ours with trajectory balance; "dr_grpo", ours with TRL's objective; "trl", in .venv-trl, which is
+made at first. Each uses both cores as it sees fit, and has a clock of training: from when search begins, without
+loading, compiling and evaluating. Every half second the policy is set aside; afterwards each is asked for 8 responses
+to each of 400 held-out problems. What counts is the first policy from which on five in a row have a pass@1 of 0.50, or
+of 0.65, so that who learns fast and stalls is seen; `distinct` is how many different right answers it gives a problem.
+The settings of each side are the best of as many tried: docs/measurements.md. A cell is the median over the seeds
+(lowest to highest).
 
 With --speed a Llama of 1.1B with random weights (--size for another) is trained on 7 x 20 responses at a time, by TRL
 with vLLM colocated: `ours` and `trl` are the responses that are searched and trained on in a second.
 """
 
+import argparse
 import asyncio
+import functools
 import json
 import math
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,10 +46,11 @@ from run.cli import parse
 from tasks import countdown
 
 OURS = (
-    *("--steps", "1000000", "--loss", "dr_grpo", "--lr", "3e-4", "--lr-schedule", "constant", "--beta", "0"),
+    *("--steps", "1000000", "--lr", "3e-4", "--lr-schedule", "constant"),
     *("--prompts-per-step", "16", "--responses-per-prompt", "8", "--search-responses", "8"),
     *("--sync-every", "1", "--on-policy-prob", "1", "--prime", "128"),
 )
+LOSSES = {"tba": ("--loss", "tb_tapered", "--beta", "0.03"), "dr_grpo": ("--loss", "dr_grpo", "--beta", "0")}
 TRL = dict(
     temperature=1.0, loss_type="dr_grpo", scale_rewards="none", beta=0.0, lr_scheduler_type="constant",
     weight_decay=0.0, gradient_checkpointing=False,
@@ -56,7 +61,8 @@ ON_COUNTDOWN = TRL | dict(
 )  # fmt: skip
 LENGTHS_TASK, LENGTHS = "bench/lengths_task.py", {"gsm8k": (120, 200), "tldr": (400, 60)}  # prompt and response, tokens
 B, K, WARM = 7, 20, 3  # of --speed; updates that are not counted
-EVERY, SAMPLES, SUSTAINED, GOAL = 0.5, 8, 5, 0.5  # seconds between policies; samples of a problem; evaluations
+EVERY, SAMPLES, SUSTAINED = 0.5, 8, 5  # seconds between policies; samples of a problem; policies in a row
+GOALS = 0.5, 0.65  # of pass@1
 VENV = PROJECT / ".venv-trl"
 
 
@@ -69,8 +75,8 @@ class Policy:
     weights: dict[str, Tensor]
 
 
-async def ours(seed: int, seconds: float, settings: list[str]) -> list[Policy]:
-    """Policies of a run, one every so many seconds."""
+async def ours(seed: int, seconds: float, settings: Sequence[str]) -> list[Policy]:
+    """Policies of a run with an objective of LOSSES, one every so many seconds."""
     policies: list[Policy] = []
     async with session("--seed", str(seed), *OURS, *settings) as run:
 
@@ -196,34 +202,32 @@ class Exam:
             answers.append(tasks.Answered(problem, np.array([]), samples[0], samples))
         return tasks.accuracy(answers)
 
-    def first_good(self, policies: list[Policy]) -> dict[str, float]:
-        """Clock, step and figures of the first policy that has the accuracy, and whose successors have it too."""
-        found: list[tuple[Policy, dict[str, float]]] = []
-        for policy in policies:
-            figures = self(policy)
-            found = [*found, (policy, figures)] if figures["pass@1"] >= GOAL else []
-            if len(found) == SUSTAINED:
-                break
-        if len(found) < SUSTAINED:
-            return {"seconds": math.nan, "step": math.nan, "distinct": math.nan, "steps_per_s": rate(policies)}
-        policy, figures = found[0]
-        return {
-            **{"seconds": policy.seconds, "step": policy.step, "distinct": figures["distinct"]},
-            **{"steps_per_s": rate(policies)},
-        }
-
-
-def rate(policies: list[Policy]) -> float:
-    """Updates a second."""
-    return policies[-1].step / policies[-1].seconds
+    def milestones(self, policies: list[Policy]) -> dict[str, float]:
+        """Seconds and distinct answers of the first policy from which on SUSTAINED in a row reach each goal, nan where
+        none does; and `updates/s`."""
+        figures = functools.cache(lambda i: self(policies[i]))
+        found: dict[str, float] = {}
+        for goal in GOALS:
+            first, last = 0, SUSTAINED - 1  # of the policies in a row
+            while last < len(policies):
+                # From the last one backwards: the row begins anew behind one that falls short, so few are examined.
+                short = next((i for i in range(last, first - 1, -1) if figures(i)["pass@1"] < goal), None)
+                if short is None:
+                    break
+                first, last = short + 1, short + SUSTAINED
+            reached = last < len(policies)
+            found[f"s to {goal}"] = policies[first].seconds if reached else math.nan
+            found[f"distinct at {goal}"] = figures(first)["distinct"] if reached else math.nan
+        return found | {"updates/s": policies[-1].step / policies[-1].seconds}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, examine, print the table."""
     commands = parser(__doc__)
-    commands.add_argument("--seeds", type=at_least(1), default=3)
-    commands.add_argument("--seconds", type=float, default=30.0, help="of training, at most")
-    commands.add_argument("--problems", type=at_least(1), default=800)
+    commands.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    commands.add_argument("--only", nargs="+", choices=[*LOSSES, "trl"], default=[*LOSSES, "trl"], help="these sides")
+    commands.add_argument("--seconds", type=float, default=40.0, help="of training")
+    commands.add_argument("--problems", type=at_least(1), default=400)
     commands.add_argument("--trl", type=json.loads, default={}, help="settings of GRPOConfig, as JSON")
     commands.add_argument("--speed", action="store_true", help="measure responses a second instead")
     commands.add_argument("--size", default="1.1B", help="with --speed: of bench/lengths_task.py")
@@ -232,20 +236,47 @@ def main(arguments: list[str] | None = None) -> None:
     if wanted.speed:
         table([speed(wanted.size, wanted.seconds) for _ in range(wanted.repeats)], wanted.json)
         return
-    found = []
-    for seed in range(wanted.seeds):  # both one after the other, so that the machine's slower minutes meet both
-        config: Any = parse(["--seed", str(seed), *settings])
+    rows: list[dict] = []
+    for seed in wanted.seeds:  # one side after the other, so that the machine's slower minutes meet all
+        config: Any = parse(["--seed", str(seed)])
         model = countdown.Task.model(config)
         exam = Exam(model, wanted.problems)
-        here = exam.first_good(asyncio.run(ours(seed, wanted.seconds, settings)))
-        there = exam.first_good(trls(seed, wanted.seconds, wanted.trl, model))
-        figures = {f"ours_{name}": value for name, value in here.items()}
-        figures |= {f"trl_{name}": value for name, value in there.items()}
-        found.append({"speedup": there["seconds"] / here["seconds"]} | figures)
-    medians = {name: float(np.median([each[name] for each in found])) for name in found[0]}
-    rows = [(str(seed), *(f"{value:.2f}" for value in each.values())) for seed, each in enumerate(found)]
-    rows.append(("all", *(median_and_range([each[name] for each in found], 2) for name in medians)))
-    show(("seed", *medians), rows, medians | {"seeds": found}, wanted.json)
+        for side in wanted.only:
+            if side == "trl":
+                policies = trls(seed, wanted.seconds, wanted.trl, model)
+            else:
+                policies = asyncio.run(ours(seed, wanted.seconds, [*LOSSES[side], *settings]))
+            rows.append({"side": side, "seed": seed} | exam.milestones(policies))
+            print(rows[-1], flush=True)
+    show_sides(rows, wanted)
+
+
+def show_sides(rows: list[dict], wanted: argparse.Namespace) -> None:
+    """Print a row for each side, and how many times as fast as TRL ours are, seed by seed."""
+    _, _, *names = rows[0]
+    of = {side: [row for row in rows if row["side"] == side] for side in wanted.only}
+    print()
+    cells = [[side, *(reached([row[name] for row in of[side]]) for name in names)] for side in of]
+    show(("side", *names), cells, {}, as_json=False)
+    if "trl" in of:
+        print("\nTRL's seconds over ours\n")
+        cells = [
+            [side] + [
+                reached([b[f"s to {goal}"] / a[f"s to {goal}"] for a, b in zip(of[side], of["trl"], strict=True)])
+                for goal in GOALS
+            ]
+            for side in of if side != "trl"
+        ]  # fmt: skip
+        show(("side", *(f"to {goal}" for goal in GOALS)), cells, {}, as_json=False)
+    if wanted.json:
+        print(json.dumps({"rows": rows}))
+
+
+def reached(values: list[float]) -> str:
+    """Median and range of the seeds that reached a goal, and how many did where not all."""
+    there = [value for value in values if not math.isnan(value)]
+    missed = "" if len(there) == len(values) else f", {len(there)} of {len(values)} seeds"
+    return (median_and_range(there, 2) if there else "never") + missed
 
 
 def speed(size: str, seconds: float) -> dict[str, float]:

@@ -6,12 +6,14 @@ import json
 import math
 import subprocess
 
+import numpy as np
 import pytest
 
-from bench import buffer, overlap, search, soak, start, sweep, sync, train, vs_trl
+from bench import buffer, overlap, search, soak, staleness, start, sweep, sync, train, vs_trl
 from bench.lengths_task import folder
 from bench.session import session
-from tasks import countdown
+from buffer import Response
+from tasks import Answered, Problem, countdown
 
 
 def figures(capsys) -> dict:
@@ -59,7 +61,10 @@ def test_benches_of_a_run(embedded, few_problems, monkeypatch, capsys, nothing_l
             assert await vs_trl.our_speed(str(embedded[1]), 8, 4, 0.1) > 0
             monkeypatch.setitem(countdown.PROBLEMS, "test", countdown.Task.Settings().eval_prompts + 8)
             exam = vs_trl.Exam(str(embedded[1]), 8)
-            assert 0 <= exam(first)["pass@1"] <= 1 and exam.first_good(policies).keys() >= {"seconds", "distinct"}
+            assert 0 <= exam(first)["pass@1"] <= 1 and exam.milestones(policies).keys() >= {
+                "s to 0.5",
+                "distinct at 0.65",
+            }
 
     asyncio.run(benches())
 
@@ -112,7 +117,7 @@ def test_sweeps_tabulate_finished_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep.subprocess, "run", finished)
     for settings, count in (
         (["objectives", "--losses", "tb", "grpo"], 2),
-        (["search", "--steps", "60", "--ratios", "2", "4"], 4),
+        (["search", "--steps", "60", "--ratios", "1", "2"], 4),
     ):
         for again in (False, True):  # a run that is there is not made again
             commands.clear()
@@ -123,9 +128,9 @@ def test_sweeps_tabulate_finished_runs(tmp_path, monkeypatch, capsys):
                 assert row["pass@1 before"] == 0.5 and row["pass@1"] == 0.875
                 assert (row["steps"], row["seconds"], row["kl"]) == (2, 1.0, 1.5)
             assert "| 0.875 | 0.625 | 0.750 | 1.250 | 1.500 |" in printed
-    next(tmp_path.glob("grpo-2x-*/bench.json")).unlink()  # an interrupted one is
+    next(tmp_path.glob("grpo-2x*/bench.json")).unlink()  # an interrupted one is
     sweep.main([*settings, "--seeds", "1", "--out", str(tmp_path)])
-    assert len(commands) == 1 and commands[0][commands[0].index("--search-responses") + 1] == "16"
+    assert len(commands) == 1 and commands[0][commands[0].index("--steps") + 1] == "120"  # as many responses
     capsys.readouterr()
     sweep.main(["curves", commands[0][commands[0].index("--out") + 1]])
     assert capsys.readouterr().out.splitlines()[-1].endswith(" | 0.500 | 0.875 | 1 |")
@@ -140,8 +145,38 @@ def test_a_policy_is_good_once_it_stays_so(monkeypatch):
     monkeypatch.setattr(
         vs_trl.Exam, "__call__", lambda self, policy: {"pass@1": accuracy[policy.step], "distinct": 10.0 * policy.step}
     )
-    assert vs_trl.Exam().first_good(policies) == {"seconds": 4.0, "step": 4, "distinct": 40.0, "steps_per_s": 1.0}
-    assert math.isnan(vs_trl.Exam().first_good(policies[:5])["seconds"])
+    found = vs_trl.Exam().milestones(policies)
+    assert (found["s to 0.5"], found["distinct at 0.5"], found["updates/s"]) == (4.0, 40.0, 1.0)
+    assert math.isnan(found["s to 0.65"]) and math.isnan(found["distinct at 0.65"])
+    assert math.isnan(vs_trl.Exam().milestones(policies[:5])["s to 0.5"])
+
+
+def test_pass_at_k_is_unbiased_and_answers_are_counted_once():
+    def answered(right: int) -> Answered:
+        texts = [str(i % 3) for i in range(staleness.SAMPLES)]
+        samples = [Response(np.array([1]), True, text=text, reward=float(i < right)) for i, text in enumerate(texts)]
+        return Answered(Problem(""), np.array([1]), samples[0], samples)
+
+    found = staleness.figures([answered(0), answered(1)])
+    assert found["pass@1"] == pytest.approx(1 / 128) and found["pass@64"] == 0.5
+    assert found["pass@4"] == pytest.approx(4 / 128)  # one of 64 is among 4 of them
+    assert staleness.figures([answered(64)])["distinct"] == 3.0
+
+
+def test_diversity_is_compared_where_pass_at_1_first_reached_a_level():
+    rows = [{"pass@1": x, "distinct": y} for x, y in ((0.3, 1.0), (0.5, 3.0), (0.4, 9.0), (0.6, 9.0))]
+    assert staleness.at_level(rows, 0.4, "distinct") == pytest.approx(2.0)
+    assert math.isnan(staleness.at_level(rows, 0.7, "distinct"))
+
+
+@pytest.mark.long
+def test_the_bench_of_staleness(embedded, tmp_path, capsys):
+    cases = ["--seeds", "1", "--ages", "2", "--losses", "tb_tapered", "--updates", "4"]
+    staleness.main([*cases, "--json", "--pictures", str(tmp_path), "--model", str(embedded[1]), "--eval-prompts", "4"])
+    rows = figures(capsys)["rows"]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and {row["age"] for row in rows} == {2}
+    assert all(0 <= row["pass@1"] <= row["pass@64"] <= 1 for row in rows)
+    assert (tmp_path / "staleness.png").stat().st_size > 5000 and (tmp_path / "diversity.png").stat().st_size > 5000
 
 
 @pytest.mark.long

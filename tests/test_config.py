@@ -340,7 +340,7 @@ def test_strict_is_on_policy_unless_flags_say_otherwise():
 
 def test_search_returns_log_probabilities_only_where_they_are_read():
     reading = {name for name in OBJECTIVES if parse(["--loss", name]).reads_behaviour}
-    assert reading == {"tb_prime", "rloo", "grpo", "dr_grpo", "cispo"}
+    assert reading == {"tb_tapered", "tb_prime", "rloo", "grpo", "dr_grpo", "cispo"}
     assert not parse(["--loss", "tb_prime", "--no-importance-ratio"]).reads_behaviour
 
 

@@ -59,6 +59,16 @@ def define_tb(pi, ref, mu, r, mean, std, lengths, beta):
     return beta / 2 * sum((log_z + each) ** 2 for each in d) / K
 
 
+def define_tb_tapered(pi, ref, mu, r, mean, std, lengths, beta):
+    d = [pi[j].sum() - ref[j].sum() - r[j] / beta for j in range(K)]
+    log_z = -sum(each.item() for each in d) / K
+    loss = 0.0
+    for j in range(K):
+        weight = min(1.0, (pi[j].sum() - mu[j].sum()).exp().item()) if log_z + d[j].item() > 0 else 1.0
+        loss = loss + beta / 2 * weight * (log_z + d[j]) ** 2 / K
+    return loss
+
+
 def define_tb_prime(pi, ref, mu, r, mean, std, lengths, beta):
     k = [sum(min(max((a - b).item(), -10), 10) for a, b in zip(pi[j], ref[j], strict=True)) for j in range(K)]
     loss = 0.0
@@ -96,12 +106,6 @@ def define_cispo(pi, ref, mu, r, mean, std, lengths, beta):
     return loss / sum(lengths)
 
 
-def define_online_dpo(pi, ref, mu, r, mean, std, lengths, beta):
-    best, worst = r.index(max(r)), r.index(min(r))
-    margin = (pi[best].sum() - ref[best].sum()) - (pi[worst].sum() - ref[worst].sum())
-    return -torch.nn.functional.logsigmoid(beta * margin)
-
-
 def clipped(ratio, advantage):
     return torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
 
@@ -112,8 +116,8 @@ def per_token(pi, ref, mu, j, advantage, beta):
 
 
 DEFINITIONS = {
-    "tb": define_tb, "tb_prime": define_tb_prime, "rloo": define_rloo, "grpo": define_grpo, "dr_grpo": define_dr_grpo,
-    "cispo": define_cispo, "online_dpo": define_online_dpo,
+    "tb": define_tb, "tb_tapered": define_tb_tapered, "tb_prime": define_tb_prime, "rloo": define_rloo,
+    "grpo": define_grpo, "dr_grpo": define_dr_grpo, "cispo": define_cispo,
 }  # fmt: skip
 
 
@@ -143,6 +147,25 @@ def test_gradient_of_tb_is_the_policy_gradient():
     advantage_BK = r_BK - r_BK.mean(1, keepdim=True) - BETA * (k_BK - k_BK.mean(1, keepdim=True))
     expected = -advantage_BK[..., None] * batch.mask_BKT / (B * K)
     torch.testing.assert_close(gradient("tb", batch), expected)
+
+
+def test_tb_tapered_has_its_minima_where_tb_has_whoever_wrote_the_responses():
+    batch = make_batch()  # its behaviour policy is far from both
+    optimum = batch.ref_BKT.clone()
+    optimum[..., 0] += batch.rewards_BK / BETA - 7.0
+    assert gradient("tb_tapered", changed(batch, logprobs_BKT=optimum.requires_grad_())).abs().max() < 1e-12
+    assert gradient("tb_tapered", batch).abs().sum(-1).min() > 0  # elsewhere each response still counts
+
+
+def test_tb_tapered_lowers_less_what_is_unlikely_already_and_raises_it_as_tb_does():
+    batch = make_batch(spread=0.0)
+    unlikely = changed(batch, behaviour_BKT=batch.behaviour_BKT + 0.5 * batch.mask_BKT)  # under mu it was more likely
+    tapered, full = gradient("tb_tapered", unlikely), gradient("tb", unlikely)
+    lowered = full > 0
+    assert lowered.any() and (full < 0).any()
+    shrunk = (-0.5 * batch.mask_BKT.sum(-1, keepdim=True)).exp().expand_as(full)  # pi / mu of the whole response
+    torch.testing.assert_close(tapered[lowered], (shrunk * full)[lowered])
+    torch.testing.assert_close(tapered[~lowered], full[~lowered])
 
 
 @pytest.mark.parametrize("spread", [0.01, 1.0])
@@ -224,7 +247,7 @@ def test_one_response_or_equal_rewards_are_finite(name):
 def test_identical_responses_teach_nothing(name):
     """But what the KL penalty of some objectives says."""
     same = each_tensor(make_batch(), lambda x: x[:, :1].expand_as(x).clone())
-    beta = BETA if name in {"tb", "online_dpo", "tb_prime", "rloo"} else 0.0
+    beta = BETA if name in {"tb", "tb_tapered", "tb_prime", "rloo"} else 0.0
     assert gradient(name, same, beta).abs().max() < 1e-12
 
 
@@ -261,15 +284,6 @@ def test_a_token_beyond_the_clip_stops_ppo_but_not_cispo():
     best &= batch.mask_BKT.bool()
     assert not gradient("grpo", raised, 0.0)[best].any() and not gradient("dr_grpo", raised, 0.0)[best].any()
     assert gradient("cispo", raised, 0.0)[best].all() and gradient("tb_prime", raised, 0.0)[best].all()
-
-
-def test_a_group_without_a_winner_counts_0_in_dpo():
-    batch = make_batch()
-    rewards = batch.rewards_BK.clone()
-    rewards[1:] = 0.5
-    one = each_tensor(batch, lambda x: x[:1])
-    some = OBJECTIVES["online_dpo"](changed(batch, rewards_BK=rewards), BETA)
-    torch.testing.assert_close(some, OBJECTIVES["online_dpo"](one, BETA) / B)
 
 
 def test_the_importance_ratio_is_cut_off():
