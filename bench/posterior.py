@@ -1,6 +1,7 @@
 """Does an objective reach the posterior pi* ~ pi_ref exp(r/beta), and from data how old?
 
-    python -m bench.posterior             3 seeds, 15 to 30 minutes on 2 cores; draws bench/posterior.png
+    python -m bench.posterior             3 seeds, 30 to 40 minutes on 2 cores; draws docs/posterior.png
+    python -m bench.posterior --losses tb tb_tapered          some of the objectives
     python -m bench.posterior --quick     one seed, under 3 minutes
     python -m bench.posterior --json      prints, last, the rows as one JSON object
 
@@ -23,13 +24,12 @@ import tempfile
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from bench.table import at_least
+from bench.table import PROJECT, at_least
 from buffer import Buffer, Group, Response
 from config import Config
 from loss import OBJECTIVES
@@ -148,12 +148,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, and a quarter of the updates")
     parser.add_argument("--json", action="store_true", help="print the rows as one JSON object, last")
     parser.add_argument("--updates", type=at_least(1), help=f"default {UPDATES}, with --quick {UPDATES // 4}")
-    parser.add_argument("--picture", default=str(Path(__file__).with_suffix(".png")), help="where it is drawn")
+    parser.add_argument("--losses", nargs="+", choices=RUNS, default=RUNS, metavar="NAME")
+    parser.add_argument("--picture", default=str(PROJECT / "docs" / "posterior.png"), help="where it is drawn")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     seeds = range(1 if arguments.quick else 3)
     updates = arguments.updates or (UPDATES // 4 if arguments.quick else UPDATES)
-    cases = [(name, *case) for name in RUNS for case in [*(("policy", s) for s in STALENESS), ("uniform", None)]]
+    cases = [
+        (name, *case) for name in arguments.losses for case in [*(("policy", s) for s in STALENESS), ("uniform", None)]
+    ]
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         jobs = [[pool.submit(train, *case[:2], case[2] or 0, seed, updates) for seed in seeds] for case in cases]
         for _ in tqdm(as_completed(itertools.chain(*jobs)), total=len(cases) * len(seeds), unit="run", mininterval=5):
@@ -174,7 +177,7 @@ def show(rows: list[dict]) -> None:
         age = "" if each["staleness"] is None else each["staleness"]
         print(f"| {each['loss']} | {each['data']} | {age} | {' | '.join(spread)} | {each['modes']:g} |")
     print(f"\nKL(pi, pi*), medians\n\n| objective | {' | '.join(PLACES)} |\n" + "|---" * (len(PLACES) + 1) + "|")
-    for name in RUNS:
+    for name in dict.fromkeys(each["loss"] for each in rows):
         medians = [f"{each['kl']:.2g}" for each in rows if each["loss"] == name]
         print(f"| {name} | {' | '.join(medians)} |")
 
@@ -197,11 +200,11 @@ def draw(rows: list[dict], path: str) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
     places = range(len(PLACES))
-    for i, name in enumerate(RUNS):
+    for i, name in enumerate(dict.fromkeys(each["loss"] for each in rows)):
         mine = [each for each in rows if each["loss"] == name]
         middle, (low, high) = [each["kl"] for each in mine], zip(*(each["kl_range"] for each in mine), strict=True)
         beside = [place + 0.03 * (i - 3) for place in places]
-        style = {"color": f"C{i}", "marker": "o", "linewidth": 2.5 if name == "tb" else 1.2}
+        style = {"color": f"C{i}", "marker": "o", "linewidth": 2.5 if name in ("tb", "tb_tapered") else 1.2}
         axes.plot(beside[:-1], middle[:-1], label=name, **style)
         axes.plot(beside[-1:], middle[-1:], linestyle="none", **style)
         axes.vlines(beside, low, high, color=f"C{i}", linewidth=1)

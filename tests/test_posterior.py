@@ -18,12 +18,17 @@ long = pytest.mark.long
 
 
 @pytest.mark.parametrize(
-    ("data", "staleness", "updates"),
-    [pytest.param("policy", 0, 600, marks=long), pytest.param("policy", 100, 500, marks=long), ("uniform", 0, 400)],
+    ("name", "data", "staleness", "updates"),
+    [
+        pytest.param("tb", "policy", 0, 600, marks=long),
+        pytest.param("tb", "policy", 100, 500, marks=long),
+        pytest.param("tb_tapered", "policy", 100, 500, marks=long),
+        ("tb", "uniform", 0, 400),
+    ],
 )
-def test_trajectory_balance_reaches_the_posterior(data, staleness, updates):
+def test_trajectory_balance_reaches_the_posterior(name, data, staleness, updates):
     """From its own samples, from samples 100 updates old, and from uniformly random responses."""
-    reached = train("tb", data, staleness, 0, updates)
+    reached = train(name, data, staleness, 0, updates)
     assert reached["kl"] <= 0.01 and reached["modes"] == 12
 
 
