@@ -15,6 +15,7 @@ from run.devices import cores, start_fork_server
 from search.engine import Engine, EngineDied, EngineSettings
 from search.searcher import Searcher
 from search.weights import StagedWeights
+from tests import imported
 from train.packing import pack
 from train.trainer import Trainer
 
@@ -43,11 +44,12 @@ def drawn_from(trainer: Trainer, prompt: np.ndarray, response: np.ndarray) -> np
 
 
 @pytest.mark.parametrize(("architecture", "tie"), ARCHITECTURES)
-def test_engine_and_trainer_agree_after_a_sync(make_model, tokenizer, tmp_path, architecture, tie):
+def test_engine_and_trainer_agree_after_a_sync(make_model, tokenizer, tmp_path, monkeypatch, architecture, tie):
     folder = str(make_model(architecture, tie))
     trainer = Trainer(folder, Config(temperature=0.7), "cpu")
     prompt = np.array(tokenizer("How many clips did Natalia sell?").input_ids, dtype=np.int32)
     weights = StagedWeights(trainer.policy, ["cpu"])
+    monkeypatch.setattr("search.engine._serve", imported.serve)
 
     async def check() -> None:
         engines = settings(folder, tmp_path, 192, max_num_seqs=64)
@@ -100,6 +102,9 @@ def test_engine_and_trainer_agree_after_a_sync(make_model, tokenizer, tmp_path, 
                 await searcher.check_agreement(tokens, second, strict=True)
             figures = await searcher.check_agreement(tokens, second, strict=False)
             assert 1e-2 < figures["sync_diff_mean"] < figures["sync_diff_max"]
+
+            (_, modules), *_ = await searcher._all("modules")
+            assert imported.needless(modules) <= {"protobuf"}  # requirements-cpu.txt says why
 
     asyncio.run(check())
 
