@@ -32,6 +32,35 @@ QUESTION = "{problem}\n\nPlease reason step by step, and put your final answer w
 LONGEST = 500  # characters of an answer: a longer one is wrong, and costs time
 WORKERS, MEMORY = 4, 2**30  # at most; bytes that an answer may take
 
+# What `plain` makes one of what is written in many ways: none of it changes what an answer means.
+SYMBOLS = str.maketrans(
+    {"−": "-", "–": "-", "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup ", "×": r"\times ", "·": r"\cdot ", "≤": r"\le "}  # noqa: RUF001
+    | {"≥": r"\ge ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"^\circ ", "²": "^2", "³": "^3"}
+)
+REWRITES = [
+    (re.compile(pattern), by)
+    for pattern, by in (
+        (r"√\s*\(?(\d+|(?<=\()[^()]*(?=\))|\w)\)?", r"\\sqrt{\1}"),
+        (r"(?<=\d)(?:\\[,;: ]|~|[\u2009\u202f])(?=\d{3}(?!\d))|(?<!\\)\\!\s*", ""),  # 10\,080 and 10,\!080
+        (r"(?<!\\)\\[,;:> ]|~|\\(?:q?quad|(?:thin|med|thick)space)(?![a-zA-Z])|\\[hv]space\*?\{[^{}]*\}|\s+", " "),
+        (r"(?<!\\)(?:\$|\\[()\[\]])", ""),  # around mathematics
+        (r"\\(?:bf|rm|it|sf|tt|bfseries|(?:display|text)style|small|[lL]arge|LARGE|[hH]uge)(?![a-zA-Z])\s*", ""),
+        (r"\\(?:left|right|[bB]igg?[lrm]?)(?=\s*(?:[()\[\]|.]|\\[{}|]))", ""),
+        (r"\\(?:text)?color\s*\{\w*\}", ""),
+        (r"\\([lg]e)q?slant(?![a-zA-Z])", r"\\\1"),
+        (r"(?<=\\\\)\[[\d.]+ ?[a-z]+\]", ""),  # space below a row
+        (r"\\varnothing(?![a-zA-Z])", r"\\emptyset"),
+        (r"\\degree(?![a-zA-Z])", r"^\\circ"),
+    )
+]
+FONT = re.compile(
+    r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal|up|md)?|[mhf]?box|boxed|ensuremath|boldsymbol|bm|pmb|emph|underline)\s*(?=\{)"
+)
+SPACE, BARE = re.compile(r"\s*"), re.compile(r"[^\s{}$\\.,]+")
+WORDS = re.compile(r"\\text\{([^{}]*)\}")
+BASE = re.compile(r"(?<=[0-9A-F])_\{?(\d+)")  # of 52_8
+BRACKET = re.compile(r"^(?:(\\\{)|[(\[])")  # of a set, or of a pair or an interval
+
 log = logging.getLogger("tba")
 
 
@@ -133,16 +162,23 @@ def boxed(text: str, longest: int = LONGEST) -> str | None:
     '2'
     """
     for start in itertools.islice(_last_first(text, "\\boxed"), longest):
-        begin, depth = start + len("\\boxed"), 0
+        begin = SPACE.match(text, start + len("\\boxed"), start + longest).end()
         if text[begin : begin + 1] != "{":
-            if bare := re.match(r" *([^\s{}$\\.,]+)", text[begin : begin + longest]):
-                return bare[1]
-            continue
-        for i in range(begin, min(len(text), begin + longest + 2)):
-            if text[i - 1] != "\\":  # \{ and \} are brackets of a set
-                depth += (text[i] == "{") - (text[i] == "}")
-            if not depth:
-                return text[begin + 1 : i]
+            if bare := BARE.match(text, begin, begin + longest):
+                return bare[0]
+        elif end := _closing(text, begin, longest):
+            return text[begin + 1 : end]
+    return None
+
+
+def _closing(text: str, begin: int, longest: int) -> int | None:
+    r"""The index of the brace that closes the one at `begin`; \{ and \} are brackets of a set."""
+    depth = 0
+    for i in range(begin, min(len(text), begin + longest + 2)):
+        if text[i - 1] != "\\" or i == begin:
+            depth += (text[i] == "{") - (text[i] == "}")
+        if not depth:
+            return i
     return None
 
 
@@ -161,9 +197,42 @@ def prepare_worker() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
 
 
+def plain(latex: str) -> str:
+    r"""An answer without what does not change its meaning: fonts, spaces, dollars, colours, a full stop, braces.
+
+    >>> plain(r"$\mathbf{10\,080}$."), plain(r"\text{\frac{1}{2}}"), plain("{\\bf June 20}"), plain(r"5\mbox{ cm}^2")
+    ('10080', '\\frac{1}{2}', 'June 20', '5\\text{cm}^2')
+    """
+    latex = latex.translate(SYMBOLS)
+    for pattern, by in REWRITES:
+        latex = pattern.sub(by, latex)
+    for font in reversed(list(FONT.finditer(latex))):  # the inner ones first
+        before, begin = latex[: font.start()], font.end()
+        if end := _closing(latex, begin, len(latex)):
+            inside, after = latex[begin + 1 : end].strip().rstrip("."), latex[end + 1 :]
+            if "\\" not in inside and re.search(r"[a-zA-Z]{2}", inside):  # words, or words among numbers
+                words = r"[a-zA-Z]{2,}" if re.search(r"\d", inside) else r".+"
+                inside = re.sub(words, r"\\text{\g<0>}", inside)
+            elif re.search(r"(?:[\^_]|\\[a-zA-Z]+)\s*$", before):
+                inside = f"{{{inside}}}"
+            latex = before + inside + after
+    while True:
+        latex = latex.lstrip(" =").rstrip(" .,;:。\\")
+        if not (latex.startswith("{") and _closing(latex, 0, len(latex)) == len(latex) - 1):
+            return latex
+        latex = latex[1:-1]
+
+
 def equal(gold: str, answer: str) -> float:
     """1.0 where two answers in LaTeX are the same; else 0.0. The caller limits its time."""
     from math_verify import parse, verify
 
+    gold, answer = plain(gold), plain(answer)
+    if WORDS.sub(r"\1", gold) == WORDS.sub(r"\1", answer):
+        return 1.0
+    for trait in (BASE, BRACKET):  # which math-verify does not tell apart
+        ours, theirs = trait.findall(gold), trait.findall(answer)
+        if ours and theirs and ours != theirs:
+            return 0.0
     parsed = (parse(f"\\boxed{{{each}}}", parsing_timeout=None) for each in (gold, answer))
-    return float(verify(*parsed, timeout_seconds=None))
+    return float(verify(*parsed, allow_set_relation_comp=True, timeout_seconds=None))
