@@ -19,8 +19,10 @@ from train.packing import pack
 from train.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these engines are the CPU build's")
-GPT2 = pytest.param("gpt2", True, marks=pytest.mark.long)
-ARCHITECTURES = [("llama", True), ("gpt_neox", False), GPT2]  # the embedded model is a Llama, not tied
+LONG = [("gpt2", True), ("gemma2", True), ("cohere", True), ("granite", False)]
+ARCHITECTURES = [  # the embedded model is a Llama, not tied
+    ("llama", True), ("gpt_neox", False), *(pytest.param(*each, marks=pytest.mark.long) for each in LONG)
+]  # fmt: skip
 
 
 def settings(folder: str, tmp_path: Path, max_model_len: int, count: int = 1, **changed) -> list[EngineSettings]:

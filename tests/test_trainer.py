@@ -25,6 +25,7 @@ from train.packing import Packed, pack, packed_length, sharing_is_faster
 from train.trainer import Trainer
 
 ARCHITECTURES = [("llama", False), ("llama", True), ("gpt_neox", False), ("gpt2", True)]
+SCALED = [("gemma2", True), ("cohere", True), ("granite", False)]  # logits, and Gemma 2's attention scores too
 
 
 def make(folder, objective=None, end_token=None, checkpoint=None, **settings) -> Trainer:
@@ -69,12 +70,12 @@ def response_logprobs(trainer: Trainer, batch: Packed) -> torch.Tensor:
     return batch.to_BKT(logprobs_N, torch.arange(len(batch.responses))).sum(-1)
 
 
-@pytest.mark.parametrize(("architecture", "tie"), ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "tie"), ARCHITECTURES + SCALED)
 @pytest.mark.parametrize(("temperature", "share"), [(1.0, True), (1.0, False), (0.7, True)])
 def test_packed_is_plain(make_model, tokenizer, architecture, tie, temperature, share):
     folder = make_model(architecture, tie)
     trainer = make(folder, temperature=temperature)
-    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     groups = make_groups(len(tokenizer))
     batch = pack(groups, trainer.device, share=share)
     with torch.no_grad():
@@ -137,8 +138,9 @@ def weights_after(trainer: Trainer, groups: list[Group]) -> torch.Tensor:
     return weights_of(trainer)
 
 
-def test_an_update_is_the_same_however_it_is_cut(make_model, tokenizer, monkeypatch):
-    folder = make_model("llama", False)
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_an_update_is_the_same_however_it_is_cut(make_model, tokenizer, monkeypatch, architecture):
+    folder = make_model(architecture, False)
     whole = weights_after(make(folder), make_groups(len(tokenizer)))
     in_micro_batches = weights_after(make(folder, micro_batch_tokens=1), make_groups(len(tokenizer)))
     torch.testing.assert_close(in_micro_batches, whole, atol=1e-5, rtol=1e-4)
