@@ -178,6 +178,13 @@ def strip_special_tokens(text: str, tokenizer) -> str:
     return text
 
 
+def special_tokens_behind(tokenizer) -> int:
+    """How many special tokens a tokenizer puts behind a text: 1 where it was saved with `add_eos_token`."""
+    text, whole = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
+    more = len(whole) - len(text)
+    return next((n for n in range(more + 1) if whole[more - n : len(whole) - n] == text), 0)
+
+
 def is_classifier(config) -> bool:
     """Whether a model of this config has a head that classifies sequences."""
     return any(each.endswith("ForSequenceClassification") for each in config.architectures or [])

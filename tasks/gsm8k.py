@@ -61,7 +61,7 @@ class Task(tasks.Task):
     def problems(self, split: str) -> list[Problem]:
         """The "train" (7,473) or "test" (1,319) problems; the answer is the gold solution."""
         problems = []
-        for place, row in data.rows(self.config.data, split, ("question", "answer"), "main"):
+        for place, row in data.rows(self.config.data, split, ("question", "answer"), "main", numbers=("answer",)):
             if last_number(row["answer"]) is None:
                 raise ValueError(f"{place}: its `answer` holds no number")
             problems.append(Problem(PROMPT.format(question=row["question"]), row["answer"]))

@@ -5,8 +5,9 @@ A record, from the hub's `EleutherAI/hendrycks_math` and `HuggingFaceH4/MATH-500
     {"problem": "What is the smallest positive perfect cube that can be written as the sum of three consecutive ...",
      "solution": "The sum of three consecutive integers takes the form ... $27=8+9+10$ is $\\boxed{27}$."}
 
-Where a record has an `answer`, that is the gold answer. The defaults are the paper's for TBA' on 8 GPUs, where a 7B
-model trains; here one GPU trains, and needs 122 GB for it. `--model Qwen/Qwen2.5-1.5B` fits 80 GB.
+Where a record has an `answer`, text or a number, that is the gold answer, and it needs no `solution`. The defaults are
+the paper's for TBA' on 8 GPUs, where a 7B model trains; here one GPU trains, and needs 122 GB for it.
+`--model Qwen/Qwen2.5-1.5B` fits 80 GB.
 """
 
 import asyncio
@@ -105,8 +106,9 @@ class Task(tasks.Task):
         if split == "test":
             source = self.config.test_data or (source if Path(source).is_dir() else HUB_TEST)
         problems, without = [], []
-        for place, row in data.rows(source, split, ("problem", "solution"), optional=("answer",)):
-            answer = row.get("answer") or boxed(row["solution"], longest=len(row["solution"]))
+        for place, row in data.rows(source, split, ("problem",), None, ("solution", "answer"), numbers=("answer",)):
+            solution = row.get("solution") or ""
+            answer = row.get("answer") or boxed(solution, longest=len(solution))
             if answer:
                 problems.append(Problem([{"role": "user", "content": QUESTION.format(problem=row["problem"])}], answer))
             else:

@@ -347,6 +347,15 @@ def test_math_names_the_bad_row(tmp_path):
         task(tasks.math, data=tmp_path).problems("train")
 
 
+def test_an_answer_may_be_a_number(tmp_path):
+    rows = [{"problem": "?", "question": "?", "answer": each} for each in (2, 0, 1.5, -7, 1e-05)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for module in (tasks.math, gsm8k):
+        answers = [problem.answer for problem in task(module, data=tmp_path).problems("train")]
+        assert answers == ["2", "0", "1.5", "-7", "0.00001"]
+    assert [gsm8k.reward(f"so {each}", each) for each in answers] == [1.0] * 5
+
+
 # ---- tldr ----
 
 
