@@ -218,7 +218,7 @@ def load_tokenizer(model: str, weights: bool = True) -> tuple[Any, int]:
     try:
         check_policy(config)
     except Exception as error:  # whatever a model's code raises
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
         raise ValueError(f"model is {model!r}: it cannot be trained here ({reason})") from None
     folder = Path(model)
     if weights and folder.is_dir() and not any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
