@@ -59,6 +59,7 @@ FONT = re.compile(
 )
 SPACE, BARE = re.compile(r"\s*"), re.compile(r"[^\s{}$\\.,]+")
 WORDS = re.compile(r"\\text\{([^{}]*)\}")
+LOOSE = re.compile(r"(?<![a-zA-Z0-9]) +| +(?![a-zA-Z0-9])")  # spaces, but between letters or digits
 BASE = re.compile(r"(?<=[0-9A-F])_\{?(\d+)")  # of 52_8
 BRACKET = re.compile(r"^(?:(\\\{)|[(\[])")  # of a set, or of a pair or an interval
 
@@ -227,14 +228,28 @@ def plain(latex: str) -> str:
 
 def equal(gold: str, answer: str) -> float:
     """1.0 where two answers in LaTeX are the same; else 0.0. The caller limits its time."""
-    from math_verify import parse, verify
+    from math_verify import LatexExtractionConfig, parse, verify
 
     gold, answer = plain(gold), plain(answer)
-    if WORDS.sub(r"\1", gold) == WORDS.sub(r"\1", answer):
-        return 1.0
+    bare = {LOOSE.sub("", WORDS.sub(r"\1", each)) for each in (gold, answer)}
+    if len(bare) == 1:
+        return float(bool(answer))
     for trait in (BASE, BRACKET):  # which math-verify does not tell apart
         ours, theirs = trait.findall(gold), trait.findall(answer)
         if ours and theirs and ours != theirs:
             return 0.0
-    parsed = (parse(f"\\boxed{{{each}}}", parsing_timeout=None) for each in (gold, answer))
-    return float(verify(*parsed, allow_set_relation_comp=True, timeout_seconds=None))
+    # All of it as LaTeX, or a number inside of what cannot be read would be taken for the answer.
+    reads = dict(extraction_config=[LatexExtractionConfig()], parsing_timeout=None)
+    one, other = (parse(f"\\boxed{{{each}}}", **reads) for each in (gold, answer))
+    return float(verify(one, other, allow_set_relation_comp=True, timeout_seconds=None) and not _far_apart(one, other))
+
+
+def _far_apart(gold: list, answer: list) -> bool:
+    """Whether two numbers differ by more than 0.1 %: math-verify rounds to six places, where tiny ones are equal."""
+    from sympy import Expr, UnevaluatedExpr
+
+    both = [next(iter(each), None) for each in (gold, answer)]
+    if not all(isinstance(each, Expr) and each.is_comparable and not each.has(UnevaluatedExpr) for each in both):
+        return False  # one is no number, or has a percent sign
+    one, other = (each.evalf() for each in both)
+    return bool(abs(one - other) > 1e-3 * max(abs(one), abs(other)))

@@ -304,6 +304,15 @@ def test_math_reward(graded, gold, right, wrong):
             [r"\begin{pmatrix} 1 & 2 \end{pmatrix}", r"\begin{pmatrix} 2 \\ 1 \end{pmatrix}"],
         ),
         ("1,-2", [r"x = 1 \mbox{ or } x = -2", r"-2,\ 1", r"\text{1 and -2}"], ["1,2", "1"]),
+        # as math-verify's tracker has it (issues 14, 41, 60, 82)
+        (r"\frac{1}{2^{99}}", ["2^{-99}", r"\frac{2}{2^{100}}"], [r"\frac{1}{2^{98}}", "0"]),
+        (r"\frac{1}{2004!}", [r"\frac{1}{2004!}"], [r"\frac{1}{2006!}"]),
+        ("0.0000672", [r"6.72\times10^{-5}", ".0000672"], ["0.0000675", "0"]),
+        (r"1 - \frac{1}{\mathrm{e}}", [r"1-\frac1e"], [r"1 + \frac{1}{\mathrm{e}}"]),
+        (r"1, 2, \ldots, n", [r"1,2,\ldots,n"], [r"1, 3, 5, \ldots, 2n-1", "1"]),
+        ("3x - y + 13 = 0", ["y = 3x + 13"], ["3x + 4y + 14 = 0", "0"]),
+        ("12:00", ["12:00."], ["1:00", "12"]),
+        ("10%", [r"10\%", "10", "0.1"], ["0.01", "1"]),
         (".5", [r"\mathbf{.5}", r".5\ ", r"\tfrac12"], ["5", "-.5"]),
     ],
 )  # fmt: skip
