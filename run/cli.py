@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -217,8 +218,9 @@ def from_flags(defaults: Config, arguments: list[str]) -> Config:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(type(defaults), args=arguments, default=defaults, prog="tba.py")
     except SystemExit as stop:
-        if stop.code:  # tyro draws a box around what is wrong: its first line says it
-            lines = [line.strip("│ ") for line in complaint.getvalue().splitlines()]
-            wrong = next(line for line in lines if line and line[0] not in "╭─╰")
+        if stop.code:  # tyro draws a box around what is wrong: its first lines say it
+            lines = (line.strip("│ ") for line in complaint.getvalue().splitlines())
+            said = itertools.dropwhile(lambda line: line[:1] in "╭", lines)
+            wrong = " ".join(itertools.takewhile(lambda line: line[:1] not in "─╰", said))
             raise ValueError(f"{wrong} (--help lists what there is)" if "nrecognized" in wrong else wrong) from None
         raise

@@ -68,6 +68,7 @@ def test_out_of_range_is_refused(name, value):
         (["--task"], "--task"),
         (["--search-devices", "cuda:1", "cuda:1"], "search_devices is .* devices that differ"),
         (["--steps", "many"], "--steps"),
+        (["--search-temperatures", "0.5,2"], r"--search-temperatures: .* \['0.5,2'\]$"),
         (["--search-temperatures", "2", "1"], "search_temperatures is .* the lower first"),
         (["--loss", "grpo", "--gamma", "2"], "gamma is 2.0: it must be 1"),
         (["--task", "redteam", "--victim-replies", "0"], "victim_replies is 0: it must be at least 1"),

@@ -1,6 +1,7 @@
 """Packed log-probabilities are those of plain rows, and an update is the same however it is cut."""
 
 import dataclasses
+import json
 import logging
 import resource
 import shutil
@@ -530,6 +531,17 @@ def test_updates_reach_the_posterior_of_the_responses_at_hand(make_model, tokeni
         log_ratio = response_logprobs(trainer, batch) - references
     rewards = torch.tensor([r.reward for r in batch.responses])
     torch.testing.assert_close(log_ratio - log_ratio.mean(), rewards - rewards.mean(), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("bad", [{}, {"temperature": 0.9}, {"top_p": 0.6, "temperature": 0.6}])
+def test_a_model_with_a_generation_config_that_contradicts_itself_can_be_saved(make_model, tmp_path, bad):
+    """transformers reads it and refuses to write it: a run would end at its first checkpoint."""
+    folder = make_model("llama", False)
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": False, "eos_token_id": [2, 5]} | bad))
+    trainer = make(folder)
+    assert trainer.end_tokens.tolist() == [2, 5]
+    trainer_writer(trainer)(tmp_path / "checkpoint")
+    assert make(folder, checkpoint=tmp_path / "checkpoint").end_tokens.tolist() == [2, 5]
 
 
 @pytest.mark.parametrize("optimizer", limits(Config)["optimizer"][OneOf])
