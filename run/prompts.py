@@ -1,5 +1,6 @@
 """Prompts: as tokens, in their order, and with demonstrations."""
 
+import datetime
 import json
 import logging
 import math
@@ -14,6 +15,8 @@ from buffer import Response
 from rewards.judges import special_tokens_behind
 from tasks import Problem
 from tasks.data import is_text, read_jsonl
+
+TODAY = datetime.date(2024, 7, 26)  # in templates that tell the date: else a run resumed tomorrow had other prompts
 
 log = logging.getLogger("tba")
 
@@ -41,8 +44,12 @@ def tokenize(problems: Sequence[Problem], tokenizer, max_length: int) -> list[Pr
         )
     if not problems:
         raise ValueError("the task has no problems")
+    rendered = []
     try:
-        rendered = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False) if chats else []
+        if chats:
+            rendered = tokenizer.apply_chat_template(
+                chats, add_generation_prompt=True, tokenize=False, strftime_now=TODAY.strftime
+            )
     except Exception as error:  # a template may refuse what it does not know
         raise ValueError(f"model is {tokenizer.name_or_path!r}: its chat template refuses a prompt ({error})") from None
     plain = [problem.prompt for problem in problems if isinstance(problem.prompt, str)]

@@ -157,20 +157,21 @@ class Task(tasks.Task):
 
 
 def boxed(text: str, longest: int = LONGEST) -> str | None:
-    r"""What stands in the last \boxed{} that is closed and not longer than `longest`; None where there is none.
+    r"""What stands in the last \boxed{}, or else \fbox{}, that is closed and at most `longest` long; None without one.
 
     >>> boxed(r"so \boxed{1}, or rather \boxed{\frac{1}{2}}.")
     '\\frac{1}{2}'
     >>> boxed(r"$\boxed 2$.")  # as a few gold solutions have it
     '2'
     """
-    for start in itertools.islice(_last_first(text, "\\boxed"), longest):
-        begin = SPACE.match(text, start + len("\\boxed"), start + longest).end()
-        if text[begin : begin + 1] != "{":
-            if bare := BARE.match(text, begin, begin + longest):
-                return bare[0]
-        elif end := _closing(text, begin, longest):
-            return text[begin + 1 : end]
+    for command in ("\\boxed", "\\fbox"):
+        for start in itertools.islice(_last_first(text, command), longest):
+            begin = SPACE.match(text, start + len(command), start + longest).end()
+            if text[begin : begin + 1] != "{":
+                if bare := BARE.match(text, begin, begin + longest):
+                    return bare[0]
+            elif end := _closing(text, begin, longest):
+                return text[begin + 1 : end]
     return None
 
 

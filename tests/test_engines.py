@@ -111,7 +111,8 @@ def test_two_engines_share_the_requests_and_one_that_dies_is_noticed(make_model,
     """And responses end where they should, at whichever end token the model has."""
     folder = str(make_model("llama", False))
     prompt, end, other = tokenizer("How many?").input_ids, tokenizer.eos_token_id, 11
-    (Path(folder) / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, other]}))
+    own = {"eos_token_id": [end, other], "repetition_penalty": 1.5, "top_k": 2}  # of its sampling only the ends count
+    (Path(folder) / "generation_config.json").write_text(json.dumps(own))
     trainer = Trainer(folder, Config(min_tokens=3), "cpu", end_token=end)
     with torch.no_grad():
         trainer.policy.lm_head.weight.mul_(0.3)

@@ -68,6 +68,13 @@ def test_no_prompt_ends_in_a_token_that_the_tokenizer_puts_behind_a_text(chat_to
     assert alone.tokens.tolist() == second.tokens.tolist()
 
 
+def test_a_template_that_tells_the_date_gives_the_same_prompt_tomorrow(chat_tokenizer):
+    """Or a run could not be resumed then, since its prompts would be others."""
+    chat_tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + CHAT_TEMPLATE
+    (prompt,) = tokenize([Problem([{"role": "user", "content": "Hi"}])], chat_tokenizer, 99)
+    assert prompt.text.startswith("26 Jul 2024<user>")
+
+
 def test_a_chat_needs_a_template(tokenizer):
     with pytest.raises(ValueError, match=r"it has no chat template, .* take a model tuned for chat"):
         tokenize([Problem([{"role": "user", "content": "Hi"}])], tokenizer, 99)

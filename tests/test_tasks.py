@@ -242,7 +242,7 @@ def test_countdown_asks_a_chat_model_in_words_and_reads_its_tags(tokenizer, monk
         (r"\boxed{1} and \boxed{2", "1"), (r"so $\boxed 2$.", "2"), (r"in \boxed.", None), ("27", None), ("", None),
         (r"\boxed{\{1,2\}}", r"\{1,2\}"), (r"\boxed{\left\{x}", r"\left\{x"), (r"\boxed{}", ""),
         (r"\boxed {5}", "5"), ("$\\boxed\n  {\\{5\\}}$", r"\{5\}"), (r"\boxed{3} and \boxed", "3"),
-        (r"\boxed" + " " * 10**6, None),
+        (r"\boxed" + " " * 10**6, None), (r"\fbox{42}", "42"), (r"\boxed{1}, not \fbox{2}", "1"),
         (r"\boxed{" + "9" * 10**7, None), (r"\boxed{" * 10_000, None),
         (r"\boxed{" + "{" * 10_000 + "}" * 10_000 + "}", None),
     ],
