@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -166,6 +167,23 @@ def test_two_engines_share_the_requests_and_one_that_dies_is_noticed(make_model,
             assert response.logprobs is None  # not requested, not paid for
 
     asyncio.run(check())
+
+
+@pytest.mark.parametrize(
+    ("error", "complaint"),
+    [
+        (RuntimeError(f"KeyError: 'experts' {'x' * 999}"), r"^vLLM cannot load .* KeyError: 'experts' x{1,200}$"),
+        (RunError("the engine on cpu lives, but has not answered"), "^the engine on cpu lives"),
+    ],
+)
+def test_weights_that_vllm_has_by_other_names_end_the_run_in_a_line(monkeypatch, error, complaint):
+    async def refuse(*_):
+        raise error
+
+    searcher = Searcher([], SimpleNamespace(version=0))
+    monkeypatch.setattr(searcher, "_all", refuse)
+    with pytest.raises(RunError, match=complaint):
+        asyncio.run(searcher.load_weights())
 
 
 def test_why_vllm_gave_up_is_one_line(make_model, tmp_path):

@@ -103,21 +103,25 @@ def test_one_row_for_all_groups_is_the_same(make_model, tokenizer, monkeypatch):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="flex attention on the CPU compiles with g++")
-def test_flex_attention_under_the_block_mask_is_the_same(make_model, tokenizer):
-    """What CUDA computes, forward, on the CPU: transformers takes the BlockMask as it is."""
-    folder, groups = make_model("llama", False), make_groups(len(tokenizer))
+@pytest.mark.parametrize(
+    ("architecture", "dense"), [("llama", "sdpa"), pytest.param("gemma2", "eager", marks=pytest.mark.long)]
+)
+def test_flex_attention_under_the_block_mask_is_the_same(make_model, tokenizer, architecture, dense):
+    """What CUDA computes, forward, on the CPU: transformers takes the BlockMask as it is, and soft-caps."""
+    folder, groups = make_model(architecture, False), make_groups(len(tokenizer))
     rows, row = pack(groups, torch.device("cpu")), pack(groups, torch.device("cpu"), flex=True)
     assert type(row.mask).__name__ == "BlockMask"
-    expected, found = hidden_states(folder, "sdpa", rows), hidden_states(folder, "flex_attention", row)
+    expected, found = hidden_states(folder, dense, rows), hidden_states(folder, "flex_attention", row)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def hidden_states(folder, attention: str, batch: Packed) -> torch.Tensor:
     """[N, H], where the responses' tokens are predicted."""
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).eval()
+    mask = torch.where(batch.mask, 0.0, -1e30) if attention == "eager" else batch.mask
     with torch.no_grad():
         hidden = model.base_model(
-            input_ids=batch.tokens, position_ids=batch.positions, attention_mask=batch.mask, use_cache=False
+            input_ids=batch.tokens, position_ids=batch.positions, attention_mask=mask, use_cache=False
         ).last_hidden_state
     return hidden.flatten(0, 1)[batch.source]
 
