@@ -180,7 +180,7 @@ def strip_special_tokens(text: str, tokenizer) -> str:
 
 def special_tokens_behind(tokenizer) -> int:
     """How many special tokens a tokenizer puts behind a text: 1 where it was saved with `add_eos_token`."""
-    text, whole = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
+    text, whole = (tokenizer("1", add_special_tokens=special).input_ids for special in (False, True))
     more = len(whole) - len(text)
     return next((n for n in range(more + 1) if whole[more - n : len(whole) - n] == text), 0)
 
