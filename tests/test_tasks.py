@@ -326,9 +326,9 @@ def test_math_what_is_written_another_way_is_right_and_no_other(gold, right, wro
 
 def test_math_plain_takes_no_time_on_hostile_text():
     for part in ("{", r"\text{", "√(", r"\ ", "1\\,", r"\left", "}{", "\\color{", "_{1"):
-        began = time.perf_counter()
+        began = time.process_time()
         tasks.math.plain((part * 500)[: tasks.math.LONGEST])
-        assert time.perf_counter() - began < 0.1
+        assert time.process_time() - began < 0.1
 
 
 def test_math_survives_a_hostile_answer(graded):
