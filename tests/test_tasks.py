@@ -248,9 +248,9 @@ def test_countdown_asks_a_chat_model_in_words_and_reads_its_tags(tokenizer, monk
     ],
 )  # fmt: skip
 def test_math_boxed(text, answer):
-    began = time.perf_counter()
+    began = time.process_time()
     assert tasks.math.boxed(text) == answer
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 0.5
 
 
 @pytest.fixture(scope="module")
