@@ -125,8 +125,12 @@ class Judge:
         import torch
         import transformers
 
+        from train.model import dense_attention
+
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
         self.model = getattr(transformers, self.auto_class).from_pretrained(self.name, dtype=dtype).to(device).eval()
+        if dense_attention(self.model) == "eager":  # Gemma 2, of which guards and reward models are made
+            self.model.set_attn_implementation("eager")
 
     def _compute(self, texts: Sequence) -> list[np.ndarray]:
         import torch
@@ -172,6 +176,13 @@ def strip_special_tokens(text: str, tokenizer) -> str:
         for token in present:
             text = text.replace(token, "")
     return text
+
+
+def special_tokens_behind(tokenizer) -> int:
+    """How many special tokens a tokenizer puts behind a text: 1 where it was saved with `add_eos_token`."""
+    text, whole = (tokenizer("1", add_special_tokens=special).input_ids for special in (False, True))
+    more = len(whole) - len(text)
+    return next((n for n in range(more + 1) if whole[more - n : len(whole) - n] == text), 0)
 
 
 def is_classifier(config) -> bool:
@@ -262,9 +273,11 @@ class Guard(Judge):
     def forward(self, tokens, mask):
         import torch
 
+        from train.model import head
+
         hidden = self.model.base_model(input_ids=tokens, attention_mask=mask).last_hidden_state
         last = hidden[torch.arange(len(tokens), device=tokens.device), mask.sum(1) - 1]
-        return self.model.get_output_embeddings()(last).float()[:, self.answers].log_softmax(-1)[:, 1]
+        return head(self.model)(last).float()[:, self.answers].log_softmax(-1)[:, 1]
 
 
 class Embedder(Judge):
@@ -301,9 +314,9 @@ class LanguageModel(Judge):
         from train.model import token_logprobs
 
         hidden = self.model.base_model(input_ids=tokens, attention_mask=mask).last_hidden_state[:, :-1]
-        head, present = self.model.get_output_embeddings(), mask[:, 1:].bool()
+        present = mask[:, 1:].bool()
         targets = tokens[:, 1:][present]
-        logprobs = [token_logprobs(head, hidden[present], targets, t)[0] for t in self.temperatures]
+        logprobs = [token_logprobs(self.model, hidden[present], targets, t)[0] for t in self.temperatures]
         padded = torch.zeros(*present.shape, len(logprobs), device=tokens.device)
         padded[present] = torch.stack(logprobs, dim=-1)
         return padded

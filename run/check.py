@@ -29,6 +29,38 @@ def limits(settings: type[Config]) -> dict[str, dict[type, Any]]:
     return marks
 
 
+def give_way(config: Config, given: set[str]) -> Config:
+    """The settings, where a default that hangs on a setting which the user gave, and cannot stand beside it, gives way.
+
+    Args:
+        config: the task's defaults with what the user gave.
+        given: names of the fields that the user gave, which stay as they are; if they contradict each other or a
+            default that hangs on none of them, `check` refuses them.
+    """
+    changed = set(given)
+
+    def way(hangs_on: set[str], gives: bool, **values) -> None:
+        nonlocal config
+        if gives and changed & hangs_on:
+            values = {name: value for name, value in values.items() if name not in given}
+            config = dataclasses.replace(config, **values)
+            changed.update(values)
+
+    if config.loss in OBJECTIVES:
+        way({"loss"}, not config.objective.has_gamma, gamma=1.0, gamma_steps=0, gamma_final=1.0)
+    way({"beta"}, not config.beta and not given & {"beta_final", "beta_steps"}, beta_schedule="constant")
+    way({"beta_steps"}, not config.beta_steps, beta_schedule="constant")
+    way({"beta_schedule"}, config.beta_schedule == "constant", beta_steps=0, beta_final=0.0)
+    way({"beta", "beta_final"}, not config.has_reference, reference_reset=0, gamma=1.0, gamma_steps=0, gamma_final=1.0)
+    way({"gamma_steps"}, not config.gamma_steps, gamma_final=1.0)
+    way({"lr_decay"}, not config.lr_decay and config.lr_schedule == "wsd", lr_schedule="constant")
+    way({"lr_schedule"}, config.lr_schedule != "wsd", lr_decay=0)
+    more = max(config.search_responses, config.responses_per_prompt)
+    way({"responses_per_prompt"}, True, search_responses=more)
+    way({"max_tokens"}, True, min_tokens=min(config.min_tokens, max(0, config.max_tokens)))
+    return config
+
+
 def check(config: Config) -> None:
     """Refuse settings that cannot be.
 

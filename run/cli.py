@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from typing import Any
 
 import tasks
 from config import MAY_CHANGE, Config, RunError
-from run.check import check, is_run_folder, limits
+from run.check import check, give_way, is_run_folder, limits
 from run.console import log_to_console, table
 
 STRICT: dict[str, Any] = dict(strict=True, sync_every=1, on_policy_prob=1.0, prime=0)  # defaults with --strict
@@ -150,6 +151,8 @@ def summarize(setup: Any, code: int) -> None:
 def parse(arguments: list[str]) -> Config:
     """Settings from a command line: a flag beats the resumed run, which beats the task's defaults.
 
+    Defaults that hang on what a flag changed give way to it.
+
     Raises:
         ValueError: what is wrong with them, in one line.
     """
@@ -180,6 +183,8 @@ def parse(arguments: list[str]) -> Config:
         raise ValueError(f"resume is {out!r}: it must be the folder of a run, and {out}/config.json does not exist")
     else:
         config = from_flags(tasks.load(name).Settings(task=name, **STRICT if known.strict else {}), arguments)
+        flags = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in arguments if flag.startswith("--")}
+        config = give_way(config, flags)
     check(config)
     return config
 
@@ -213,8 +218,9 @@ def from_flags(defaults: Config, arguments: list[str]) -> Config:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(type(defaults), args=arguments, default=defaults, prog="tba.py")
     except SystemExit as stop:
-        if stop.code:  # tyro draws a box around what is wrong: its first line says it
-            lines = [line.strip("│ ") for line in complaint.getvalue().splitlines()]
-            wrong = next(line for line in lines if line and line[0] not in "╭─╰")
+        if stop.code:  # tyro draws a box around what is wrong: its first lines say it
+            lines = (line.strip("│ ") for line in complaint.getvalue().splitlines())
+            said = itertools.dropwhile(lambda line: line[:1] in "╭", lines)
+            wrong = " ".join(itertools.takewhile(lambda line: line[:1] not in "─╰", said))
             raise ValueError(f"{wrong} (--help lists what there is)" if "nrecognized" in wrong else wrong) from None
         raise

@@ -1,5 +1,6 @@
 """Prompts: as tokens, in their order, and with demonstrations."""
 
+import datetime
 import json
 import logging
 import math
@@ -11,8 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from buffer import Response
+from rewards.judges import special_tokens_behind
 from tasks import Problem
-from tasks.data import read_jsonl
+from tasks.data import is_text, read_jsonl
+
+TODAY = datetime.date(2024, 7, 26)  # in templates that tell the date: else a run resumed tomorrow had other prompts
 
 log = logging.getLogger("tba")
 
@@ -40,20 +44,25 @@ def tokenize(problems: Sequence[Problem], tokenizer, max_length: int) -> list[Pr
         )
     if not problems:
         raise ValueError("the task has no problems")
+    rendered = []
     try:
-        rendered = iter(
-            tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False) if chats else []
-        )
+        if chats:
+            rendered = tokenizer.apply_chat_template(
+                chats, add_generation_prompt=True, tokenize=False, strftime_now=TODAY.strftime
+            )
     except Exception as error:  # a template may refuse what it does not know
         raise ValueError(f"model is {tokenizer.name_or_path!r}: its chat template refuses a prompt ({error})") from None
-    texts = [problem.prompt if isinstance(problem.prompt, str) else next(rendered) for problem in problems]
-    # A chat template writes the special tokens itself.
-    tokens = tokenizer(texts, add_special_tokens=not chats).input_ids
-    prompts = [
-        Prompt(problem, text, np.array(ids, dtype=np.int32))
-        for problem, text, ids in zip(problems, texts, tokens, strict=True)
-        if 0 < len(ids) <= max_length
-    ]
+    plain = [problem.prompt for problem in problems if isinstance(problem.prompt, str)]
+    # A chat template writes the special tokens itself. One that is put behind plain text would end the prompt.
+    behind = special_tokens_behind(tokenizer)
+    ids_plain = [ids[: len(ids) - behind] for ids in tokenizer(plain).input_ids] if plain else []
+    ids_chats = tokenizer(rendered, add_special_tokens=False).input_ids if chats else []
+    of_plain, of_chats = zip(plain, ids_plain, strict=True), zip(rendered, ids_chats, strict=True)
+    prompts = []
+    for problem in problems:
+        text, ids = next(of_plain if isinstance(problem.prompt, str) else of_chats)
+        if 0 < len(ids) <= max_length:
+            prompts.append(Prompt(problem, text, np.array(ids, dtype=np.int32)))
     if not prompts:
         raise ValueError(
             f"max_tokens leaves {max_length} of the model's tokens to a prompt: none of {len(problems)} problems fits"
@@ -122,7 +131,7 @@ def demonstrations(
     by_prompt: dict[int, list[Response]] = {}
     count = 0
     for count, (place, row) in enumerate(read_jsonl(Path(path)), 1):  # noqa: B007
-        if not (isinstance(row, dict) and "prompt" in row and isinstance(row.get("response"), str)):
+        if not (isinstance(row, dict) and "prompt" in row and is_text(row.get("response"))):
             raise ValueError(f"{place}: a row needs `prompt` and `response`")
         prompt = row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"], sort_keys=True)
         if prompt not in prompt_ids:

@@ -12,6 +12,7 @@ from buffer import Buffer, Response
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from train.trainer import Trainer
 
@@ -34,12 +35,29 @@ def trainer_writer(trainer: "Trainer") -> Callable[[Path], None]:
     torch.save({"optimizer": trainer.optimizer.state_dict(), "ref_version": trainer.ref_version}, optimizer)
 
     def write(folder: Path) -> None:
-        trainer.policy.save_pretrained(folder, state_dict=policy)
+        save_model(trainer.policy, folder, policy)
         if reference is not None:
-            trainer.reference.save_pretrained(folder / "reference", state_dict=reference)
+            save_model(trainer.reference, folder / "reference", reference)
         (folder / "optimizer.pt").write_bytes(optimizer.getbuffer())
 
     return write
+
+
+def save_model(model: "PreTrainedModel", folder: Path, weights: dict[str, "Tensor"] | None = None) -> None:
+    """Write a model, with these weights or its own, as a Hugging Face folder.
+
+    transformers refuses to write a generation_config.json that contradicts itself, and models come with such ones
+    (`do_sample` off and a `temperature`): of that the special tokens are kept.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    try:
+        own.validate(strict=True)
+    except ValueError:
+        kept = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**kept)
+    model.save_pretrained(folder, state_dict=weights)
 
 
 def copy_to_host(tensors: dict[str, "Tensor"]) -> dict[str, "Tensor"]:

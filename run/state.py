@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from buffer import Group
 from config import RunError
 from run.checkpoint import write_atomically
-from run.snapshot import buffer_writer, trainer_writer
+from run.snapshot import buffer_writer, save_model, trainer_writer
 
 if TYPE_CHECKING:
     from tba import TBA
@@ -60,7 +60,7 @@ async def save_last(tba: "TBA") -> None:
     outcome.step = step
 
     def export(folder: Path) -> None:
-        tba.trainer.policy.save_pretrained(folder)
+        save_model(tba.trainer.policy, folder)
         tba.setup.tokenizer.save_pretrained(folder)
 
     try:

@@ -105,8 +105,16 @@ class Searcher:
             engine = await self._replacement(engine)
 
     async def load_weights(self) -> None:
-        """Let every engine load the staged weights between two of its steps; what is in flight goes on with them."""
-        await self._all("load_weights", self.weights.version)
+        """Let every engine load the staged weights between two of its steps; what is in flight goes on with them.
+
+        A RunError where vLLM has them by other names than transformers.
+        """
+        try:
+            await self._all("load_weights", self.weights.version)
+        except RuntimeError as error:
+            if isinstance(error, RunError):  # no answer
+                raise
+            raise RunError(f"vLLM cannot load this model's weights as transformers has them: {error!s:.200}") from error
 
     async def check_agreement(self, probe: np.ndarray, expected: np.ndarray, strict: bool) -> dict[str, float]:
         """Compare engines and trainer by the log-probabilities of the same tokens, the probe [T].

@@ -132,14 +132,20 @@ class Worker:
     def load_weights(self, call: int, version: int) -> None:
         """Load the staged weights: sequences in flight go on under the new ones.
 
-        Plain `load_weights` is a copy, a fraction of what vLLM's layerwise reloading takes, and right for dense models;
-        `Searcher.check_agreement` refuses the others.
+        Plain `load_weights` is a copy, a fraction of what vLLM's layerwise reloading takes, and right for dense models,
+        which `run.setup.check_policy` sees to, and `Searcher.check_agreement`.
         """
-        self.engine.apply_model(lambda model: model.load_weights(self.staged.items()))
+        self.engine.apply_model(self._load)
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the trainer may write the staging tensor again
         self.version = version
         self.send((call, None, None))
+
+    def _load(self, model: torch.nn.Module) -> None:
+        weights = dict(self.staged)
+        if not (hasattr(model, "lm_head") or hasattr(model, "language_model")):
+            weights.pop("lm_head.weight", None)  # Gemma 2 has the tied embeddings alone
+        model.load_weights(weights.items())
 
     def running(self, call: int) -> None:
         """Sequences in flight, from the next step on."""

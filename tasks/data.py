@@ -1,12 +1,19 @@
 """Rows of data sets, from a folder or the Hugging Face hub."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 
 
 def rows(
-    data: str, split: str, columns: Sequence[str], name: str | None = None, optional: Sequence[str] = ()
+    data: str,
+    split: str,
+    columns: Sequence[str],
+    name: str | None = None,
+    optional: Sequence[str] = (),
+    numbers: Sequence[str] = (),
 ) -> Iterator[tuple[str, dict]]:
     """(place, row) of each row of a split; the place is its file and line, for messages.
 
@@ -16,6 +23,7 @@ def rows(
         columns: that every row must have, as text that is not blank.
         name: of the configuration, where the data set has it; of one with others, all are read.
         optional: columns that a row may have, as text.
+        numbers: those of all these that may be numbers, which are read as their text.
 
     Raises:
         ValueError: there is no such split, it has no rows, or a row is not so; says which file and line.
@@ -32,13 +40,21 @@ def rows(
     for place, row in all_rows:
         empty = False
         row = row if isinstance(row, dict) else {}
-        if any(not isinstance(row.get(column), str) or not row[column].strip() for column in columns):
+        for column in numbers:
+            if type(row.get(column)) in (int, float):
+                row[column] = format(Decimal(str(row[column])), "f")  # 1e-05 is 0.00001
+        if any(not is_text(row.get(column)) or not row[column].strip() for column in columns):
             raise ValueError(f"{place}: a row needs {' and '.join(f'`{column}`' for column in columns)}, as text")
-        if any(not isinstance(row.get(column, ""), str) for column in optional):
+        if any(row.get(column) is not None and not is_text(row[column]) for column in optional):
             raise ValueError(f"{place}: {' and '.join(f'`{column}`' for column in optional)} must be text")
         yield place, row
     if empty:
         raise ValueError(f"data is {data!r}: its {split} split is empty")
+
+
+def is_text(value) -> bool:
+    """Whether a value is text, which tokenizers read: half of a surrogate pair, "\\ud83d" in JSON, is none."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:

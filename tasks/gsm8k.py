@@ -21,6 +21,7 @@ PROMPT = "[MATH_TASK] Problem:\n{question}\n\nSolution:"
 NUMBER = re.compile(
     r"((?<![\w.)])[-+−])?\$?((?:\d{1,3}(?:,\d{3}){1,30}(?!\d|,\d)|\d+)(?:\.\d+)?|\.\d+)(?:\s?/\s?(\d+))?"  # noqa: RUF001
 )
+THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,?\\[,!] ?|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")  # 1{,}234, 1\,234
 LONGEST = 100  # characters of a number: a longer one is no answer, and costs time
 END = 10_000  # characters of a text that are looked at, its last: an answer stands there, and more would cost time
 
@@ -61,7 +62,7 @@ class Task(tasks.Task):
     def problems(self, split: str) -> list[Problem]:
         """The "train" (7,473) or "test" (1,319) problems; the answer is the gold solution."""
         problems = []
-        for place, row in data.rows(self.config.data, split, ("question", "answer"), "main"):
+        for place, row in data.rows(self.config.data, split, ("question", "answer"), "main", numbers=("answer",)):
             if last_number(row["answer"]) is None:
                 raise ValueError(f"{place}: its `answer` holds no number")
             problems.append(Problem(PROMPT.format(question=row["question"]), row["answer"]))
@@ -77,7 +78,7 @@ class Task(tasks.Task):
 def last_number(text: str) -> Fraction | None:
     """The last number in a text, exactly: "-$1,234.50." is -2469/2, "3/4" is 3/4, "12%" is 12, "nan" is none."""
     match = None
-    for match in NUMBER.finditer(text[-END:]):  # noqa: B007
+    for match in NUMBER.finditer(THOUSANDS.sub(",", text[-END:])):  # noqa: B007
         pass
     if match is None or len(match[0]) > LONGEST:
         return None

@@ -17,7 +17,7 @@ import numpy as np
 
 import tasks
 from config import Config
-from rewards.judges import Judge, LanguageModel, RewardModel, strip_special_tokens
+from rewards.judges import Judge, LanguageModel, RewardModel, special_tokens_behind, strip_special_tokens
 from tasks import Answered, Problem, data
 
 NO_END = -1.0  # reward of a response that was cut off
@@ -122,4 +122,5 @@ class Task(tasks.Task):
 
 def scored_text(judge: RewardModel, problem: Problem, response: str) -> str:
     """The text that a reward model scores: the query, the response, and the end of the sequence, once."""
-    return f"{problem.prompt}{strip_special_tokens(response, judge.tokenizer)}{judge.tokenizer.eos_token or ''}"
+    end = "" if special_tokens_behind(judge.tokenizer) else judge.tokenizer.eos_token or ""
+    return f"{problem.prompt}{strip_special_tokens(response, judge.tokenizer)}{end}"

@@ -86,11 +86,16 @@ def make_model(tmp_path_factory, tokenizer):
     encoder = dict(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=514
     )
+    llama = dict(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, max_position_embeddings=1024,
+    )  # fmt: skip
     sizes = {
-        "llama": dict(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-            head_dim=32, max_position_embeddings=1024,
-        ),
+        "llama": llama,
+        "gemma2": llama | dict(query_pre_attn_scalar=32, attn_logit_softcapping=0.5, final_logit_softcapping=2.0),
+        "cohere": llama | dict(logit_scale=0.25),
+        "granite": llama | dict(logits_scaling=4.0, embedding_multiplier=2.0),
+        "mixtral": llama,
         "gpt_neox": dict(
             hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
             max_position_embeddings=1024,

@@ -68,6 +68,7 @@ def test_out_of_range_is_refused(name, value):
         (["--task"], "--task"),
         (["--search-devices", "cuda:1", "cuda:1"], "search_devices is .* devices that differ"),
         (["--steps", "many"], "--steps"),
+        (["--search-temperatures", "0.5,2"], r"--search-temperatures: .* \['0.5,2'\]$"),
         (["--search-temperatures", "2", "1"], "search_temperatures is .* the lower first"),
         (["--loss", "grpo", "--gamma", "2"], "gamma is 2.0: it must be 1"),
         (["--task", "redteam", "--victim-replies", "0"], "victim_replies is 0: it must be at least 1"),
@@ -85,6 +86,51 @@ def test_what_cannot_be_read_is_refused(arguments, named):
     with pytest.raises(ValueError, match=named) as refusal:
         parse(arguments)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "flags", "gave_way"),
+    [
+        ("gsm8k", ["--beta-schedule", "constant"], {"beta_steps": 0, "beta_final": 0.0}),
+        ("gsm8k", ["--beta_schedule=constant"], {"beta_steps": 0, "beta_final": 0.0}),
+        ("gsm8k", ["--beta-steps", "0"], {"beta_schedule": "constant", "beta_final": 0.0}),
+        ("gsm8k", ["--lr-schedule", "constant"], {"lr_decay": 0}),  # the warm-up is every schedule's
+        ("gsm8k", ["--lr-schedule", "linear"], {"lr_decay": 0}),
+        ("gsm8k", ["--lr-decay", "0"], {"lr_schedule": "constant"}),
+        ("gsm8k", ["--responses-per-prompt", "32"], {"search_responses": 32}),
+        ("gsm8k", ["--responses-per-prompt", "8"], {}),
+        (
+            "gsm8k",
+            ["--loss", "dr_grpo", "--beta", "0"],
+            {"beta_schedule": "constant", "beta_steps": 0, "beta_final": 0.0},
+        ),
+        ("math", ["--loss", "dr_grpo", "--beta", "0"], {"reference_reset": 0}),
+        ("redteam", ["--loss", "rloo"], {"gamma": 1.0, "gamma_steps": 0}),
+        ("redteam", ["--gamma-steps", "0"], {}),
+        ("redteam", ["--max-tokens", "3"], {"min_tokens": 3}),
+        ("tldr", ["--beta-schedule", "cosine"], {}),
+    ],
+)
+def test_a_default_that_hangs_on_what_a_flag_changed_gives_way(task, flags, gave_way):
+    defaults = dataclasses.asdict(parse(["--task", task]))
+    found = dataclasses.asdict(parse(["--task", task, *flags]))
+    names = {flag.lstrip("-").partition("=")[0].replace("-", "_") for flag in flags}
+    assert {name: found[name] for name in found if found[name] != defaults[name] and name not in names} == gave_way
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--beta-schedule", "constant", "--beta-steps", "9"], "beta_steps is 9: it must be above 0"),
+        (["--beta-schedule", "constant", "--beta-final", "0.1"], "beta_final is 0.1: it must be 0 with"),
+        (["--lr-schedule", "constant", "--lr-decay", "9"], "lr_decay is 9"),
+        (["--responses-per-prompt", "32", "--search-responses", "24"], "search_responses is 24: it must be at least"),
+        (["--beta", "0"], "beta is 0.0: it must be above 0 with loss tb"),
+    ],
+)
+def test_what_the_user_gave_never_gives_way(flags, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        parse(["--task", "gsm8k", *flags])
 
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):

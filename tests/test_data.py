@@ -38,9 +38,21 @@ def test_rows_come_from_a_folder_as_the_hub_has_it(tmp_path, monkeypatch):
         read(repository, "test", name="main")
 
 
+def test_a_number_is_read_as_its_text_where_the_column_may_be_one(tmp_path):
+    numbers = ["2", "-7", "2.0", "0.5", "1e-05", "12345678901234567890123", "0"]
+    (tmp_path / "train.jsonl").write_text("\n".join(f'{{"question": "?", "answer": {each}}}' for each in numbers))
+    read = [row["answer"] for _, row in data.rows(str(tmp_path), "train", COLUMNS, numbers=("answer",))]
+    assert read == ["2", "-7", "2.0", "0.5", "0.00001", "12345678901234567890123", "0"]
+    for other in ("true", "null", "[2]", '{"is": 2}'):
+        (tmp_path / "train.jsonl").write_text(f'{{"question": "?", "answer": {other}}}')
+        with pytest.raises(ValueError, match="a row needs"):
+            list(data.rows(str(tmp_path), "train", COLUMNS, numbers=("answer",)))
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
+        ('{"question": "half a pair: \\ud83d", "answer": "1"}', r"train\.jsonl:1: a row needs"),
         ('{"question": "?", "answer": "1"}\n{oops', r"train\.jsonl:2: not JSON"),
         ('{"question": "?"}', r"train\.jsonl:1: a row needs `question` and `answer`, as text"),
         ('{"question": "?", "answer": 1}', r"train\.jsonl:1: a row needs"),

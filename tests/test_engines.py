@@ -1,8 +1,10 @@
 """Real vLLM engines take the trainer's weights, and give the same tokens the same log-probabilities."""
 
 import asyncio
+import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,8 +22,10 @@ from train.packing import pack
 from train.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these engines are the CPU build's")
-GPT2 = pytest.param("gpt2", True, marks=pytest.mark.long)
-ARCHITECTURES = [("llama", True), ("gpt_neox", False), GPT2]  # the embedded model is a Llama, not tied
+LONG = [("gpt2", True), ("gemma2", True), ("cohere", True), ("granite", False)]
+ARCHITECTURES = [  # the embedded model is a Llama, not tied
+    ("llama", True), ("gpt_neox", False), *(pytest.param(*each, marks=pytest.mark.long) for each in LONG)
+]  # fmt: skip
 
 
 def settings(folder: str, tmp_path: Path, max_model_len: int, count: int = 1, **changed) -> list[EngineSettings]:
@@ -110,13 +114,15 @@ def test_engine_and_trainer_agree_after_a_sync(make_model, tokenizer, tmp_path, 
 
 
 def test_two_engines_share_the_requests_and_one_that_dies_is_noticed(make_model, tokenizer, tmp_path, monkeypatch):
-    """And responses end where they should."""
+    """And responses end where they should, at whichever end token the model has."""
     folder = str(make_model("llama", False))
-    prompt, end = tokenizer("How many?").input_ids, tokenizer.eos_token_id
+    prompt, end, other = tokenizer("How many?").input_ids, tokenizer.eos_token_id, 11
+    own = {"eos_token_id": [end, other], "repetition_penalty": 1.5, "top_k": 2}  # of its sampling only the ends count
+    (Path(folder) / "generation_config.json").write_text(json.dumps(own))
     trainer = Trainer(folder, Config(min_tokens=3), "cpu", end_token=end)
     with torch.no_grad():
         trainer.policy.lm_head.weight.mul_(0.3)
-        trainer.policy.lm_head.weight[end] *= 3
+        trainer.policy.lm_head.weight[[end, other]] *= 3
     weights = StagedWeights(trainer.policy, ["cpu"])
 
     async def check() -> None:
@@ -158,13 +164,31 @@ def test_two_engines_share_the_requests_and_one_that_dies_is_noticed(make_model,
             assert np.abs(r.logprobs - drawn_from(trainer, np.array(prompt), r.tokens)).max() < 1e-4
         assert len({r.tokens.tobytes() for r in cold}) < 0.5 * len({r.tokens.tobytes() for r in later})
         assert {r.finished for r in responses} == {True, False}
+        assert {r.tokens[-1] for r in responses if r.finished} == {end, other}
         for response in responses:
-            assert (response.tokens[-1] == end) == response.finished
-            assert end not in response.tokens[:-1]
+            assert (response.tokens[-1] in (end, other)) == response.finished
+            assert not {end, other} & {*response.tokens[:-1]}
             assert response.finished or len(response.tokens) == 8
             assert response.logprobs is None  # not requested, not paid for
 
     asyncio.run(check())
+
+
+@pytest.mark.parametrize(
+    ("error", "complaint"),
+    [
+        (RuntimeError(f"KeyError: 'experts' {'x' * 999}"), r"^vLLM cannot load .* KeyError: 'experts' x{1,200}$"),
+        (RunError("the engine on cpu lives, but has not answered"), "^the engine on cpu lives"),
+    ],
+)
+def test_weights_that_vllm_has_by_other_names_end_the_run_in_a_line(monkeypatch, error, complaint):
+    async def refuse(*_):
+        raise error
+
+    searcher = Searcher([], SimpleNamespace(version=0))
+    monkeypatch.setattr(searcher, "_all", refuse)
+    with pytest.raises(RunError, match=complaint):
+        asyncio.run(searcher.load_weights())
 
 
 def test_why_vllm_gave_up_is_one_line(make_model, tmp_path):

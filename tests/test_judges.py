@@ -87,11 +87,12 @@ def test_an_embedding_is_the_mean_over_the_text_and_of_length_1(make_model, toke
     np.testing.assert_allclose(np.array(scores), expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["gpt_neox", "gemma2"])  # the latter soft-caps scores and logits
 def test_a_language_model_gives_every_token_its_log_probability_at_each_temperature(
-    make_model, tokenizer, small_batches
+    make_model, tokenizer, small_batches, architecture
 ):
-    folder = make_model("gpt_neox")
-    plain = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    folder = make_model(architecture)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     sequences = [np.array(tokenizer(text).input_ids, dtype=np.int32) for text in TEXTS[:3]]
     (scores,) = results(LanguageModel(str(folder), "model", (1.0, 0.5)), sequences)
     for tokens, each in zip(sequences, scores, strict=True):

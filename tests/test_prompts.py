@@ -51,6 +51,30 @@ def test_a_chat_goes_through_the_template_and_gets_no_special_tokens_twice(chat_
     assert prompt.tokens.tolist() == chat_tokenizer(prompt.text, add_special_tokens=False).input_ids
 
 
+@pytest.mark.parametrize("template", ["$A </s>", "<b> $A </s>", "<b> $A", "$A"])
+def test_no_prompt_ends_in_a_token_that_the_tokenizer_puts_behind_a_text(chat_tokenizer, template):
+    """As one saved with `add_eos_token` does. What it puts before plain text stays, whether there are chats or not."""
+    begin, end = 7, chat_tokenizer.eos_token_id
+    special = [("<b>", begin), ("</s>", end)]
+    chat_tokenizer.backend_tokenizer.post_processor = TemplateProcessing(template, special_tokens=special)
+    front = [begin] if template.startswith("<b>") else []
+    plain, chat = Problem("Hi</s>"), Problem([{"role": "user", "content": "Hi"}])
+    inside = chat_tokenizer("Hi</s>", add_special_tokens=False).input_ids
+    assert inside[-1] == end  # which is the prompt's own
+    first, second, third = tokenize([plain, chat, plain], chat_tokenizer, 99)
+    assert first.tokens.tolist() == third.tokens.tolist() == front + inside
+    assert second.tokens.tolist() == chat_tokenizer("<user>\nHi\n<assistant>\n", add_special_tokens=False).input_ids
+    (alone,) = tokenize([chat], chat_tokenizer, 99)
+    assert alone.tokens.tolist() == second.tokens.tolist()
+
+
+def test_a_template_that_tells_the_date_gives_the_same_prompt_tomorrow(chat_tokenizer):
+    """Or a run could not be resumed then, since its prompts would be others."""
+    chat_tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + CHAT_TEMPLATE
+    (prompt,) = tokenize([Problem([{"role": "user", "content": "Hi"}])], chat_tokenizer, 99)
+    assert prompt.text.startswith("26 Jul 2024<user>")
+
+
 def test_a_chat_needs_a_template(tokenizer):
     with pytest.raises(ValueError, match=r"it has no chat template, .* take a model tuned for chat"):
         tokenize([Problem([{"role": "user", "content": "Hi"}])], tokenizer, 99)
@@ -81,6 +105,7 @@ def test_demonstrations_find_their_prompts(chat_tokenizer, tmp_path, lines):
     [
         ("{", r"seed\.jsonl:1: not JSON"),
         ('{"prompt": "plain"}', r"seed\.jsonl:1: a row needs `prompt` and `response`"),
+        ('{"prompt": "plain", "response": "\\ud83d"}', r"seed\.jsonl:1: a row needs `prompt` and `response`"),
         ('{"prompt": "other", "response": "a"}', r"seed\.jsonl:1: its `prompt` is not one of the 1 training problems'"),
         ('{"prompt": "plain", "response": "a", "reward": NaN}', r"seed\.jsonl:1: its `reward` must be a finite number"),
         ('{"prompt": "plain", "response": "a", "reward": "1"}', r"seed\.jsonl:1: its `reward` must be a finite number"),

@@ -42,6 +42,8 @@ def response(text: str, reward: float = float("nan"), finished: bool = True) -> 
     ("text", "number"),
     [
         ("$1,234.50.", "1234.5"), ("so 3/4", "3/4"), ("-5 apples", "-5"), ("10-5", "5"), ("x=12.", "12"),
+        (r"\boxed{\$9{,}500}", "9500"), (r"8\,000", "8000"), (r"1,\!234,\! 567", "1234567"), ("70\u202f000 m", "70000"),
+        (r"1{,}23", "23"),
         ("12%", "12"), ("#### 72", "72"), ("1,2,3", "3"), (".5", "1/2"), ("0.50", "1/2"), ("-$5", "-5"), ("$-5", "-5"),
         ("+7", "7"), ("1,000,000", "1000000"), ("1,234, then", "1234"), ("7 and 8", "8"), ("nan", None), ("", None),
         ("infinity", None), ("3/0", None), ("9" * 5000, None),
@@ -239,14 +241,16 @@ def test_countdown_asks_a_chat_model_in_words_and_reads_its_tags(tokenizer, monk
         (r"\boxed{27}", "27"), (r"\boxed{\frac{1}{2}} or \boxed{\sqrt{2}}", r"\sqrt{2}"), (r"\boxed{1", None),
         (r"\boxed{1} and \boxed{2", "1"), (r"so $\boxed 2$.", "2"), (r"in \boxed.", None), ("27", None), ("", None),
         (r"\boxed{\{1,2\}}", r"\{1,2\}"), (r"\boxed{\left\{x}", r"\left\{x"), (r"\boxed{}", ""),
+        (r"\boxed {5}", "5"), ("$\\boxed\n  {\\{5\\}}$", r"\{5\}"), (r"\boxed{3} and \boxed", "3"),
+        (r"\boxed" + " " * 10**6, None), (r"\fbox{42}", "42"), (r"\boxed{1}, not \fbox{2}", "1"),
         (r"\boxed{" + "9" * 10**7, None), (r"\boxed{" * 10_000, None),
         (r"\boxed{" + "{" * 10_000 + "}" * 10_000 + "}", None),
     ],
 )  # fmt: skip
 def test_math_boxed(text, answer):
-    began = time.perf_counter()
+    began = time.process_time()
     assert tasks.math.boxed(text) == answer
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 0.5
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +278,59 @@ def test_math_reward(graded, gold, right, wrong):
     assert graded(gold, *right, *wrong) == [1.0] * len(right) + [0.0] * len(wrong)
 
 
+@pytest.mark.parametrize(
+    ("gold", "right", "wrong"),
+    [
+        ("42", ["42.", r"\mathbf{42}", r"{\bf 42}.", r"\text{42}", r"\,42\;"], ["4", "24", "42!"]),
+        ("42", ["$42$", r"\(42\)", r"\color{red}{42}", "=42", "42。"], ["4.2", "-42"]),
+        ("10,\\!080", [r"10\,080", "10080", r"\mathbf{10{,}080}"], ["10.080", "10", "(10,080)"]),
+        (r"\frac{5}{18}", [r"\boldsymbol{\dfrac{5}{18}}", r"\text{\frac{5}{18}}", "5/18."], ["5/81", "18/5"]),
+        (r"2^{13}", [r"2^\mathbf{13}", r"\bm{2}^{13}", "8192"], ["26"]),
+        (r"3\sqrt{13}", [r"3\,\sqrt\mathrm{13}", "3√13", "3√(13)", r"\sqrt{117}."], [r"3\sqrt{31}", r"13\sqrt3"]),
+        (r"\text{June 20}", ["June 20", r"\mathrm{June\ 20}", r"\text{June 20.}"], [r"\text{June 21}", "20"]),
+        (r"\text{(C)}", ["C", "(C).", r"\textbf{(C)}", r"\text{C}"], ["B", r"\text{(A)}"]),
+        (r"\text{Evelyn}", ["Evelyn", r"\mbox{Evelyn}", r"\textbf{Evelyn}."], ["Evelny", r"\text{Evan}"]),
+        (r"15\mbox{ cm}^2", ["15", r"15\,\mathrm{cm}^2", r"\text{15 cm}^2", r"15\text{ cm}^{2}."], ["51", "15^2"]),
+        (r"120^\circ", ["120°", r"120\degree", r"\mathbf{120^\circ}", r"120^{\circ}."], [r"12^\circ"]),
+        ("52_8", ["52_{8}", r"\mathbf{52}_8", "52_8.", "52"], ["52_{10}", "52_9", "25_8", "42_{10}"]),
+        ("11_2", ["11_{2}"], ["11_3", "3_{10}", "111_2"]),
+        ("(1,2)", [r"\left(1,\,2\right)", "(1, 2)."], [r"\{1,2\}", "(2,1)", "[1,2]", "(1,2]"]),
+        (r"\{1,2\}", [r"\left\{2,1\right\}", r"\{1,\,2\}."], ["(1,2)", r"\{1\}", "[1,2]"]),
+        (r"(-\infty,2)", ["x<2", "2 > x", r"x \in (-\infty,2)", "(−∞,2)"], [r"x \le 2", "x > 2", r"(-\infty,2]"]),  # noqa: RUF001
+        (r"[3,\infty)", [r"x \ge 3", r"x\geqslant 3."], ["x>3", r"x \le 3"]),
+        (r"(0,9) \cup (9,36)", ["(0,9)∪(9,36)", r"\left(0,9\right)\cup(9,36)."], ["(0,36)"]),  # noqa: RUF001
+        (r"\emptyset", [r"\varnothing", "∅", r"\{\}"], ["0", r"\{0\}"]),
+        (
+            r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}",
+            [r"\begin{bmatrix}1\\2\end{bmatrix}.", r"\mathbf{\begin{pmatrix}1\\[2pt] 2\end{pmatrix}}"],
+            [r"\begin{pmatrix} 1 & 2 \end{pmatrix}", r"\begin{pmatrix} 2 \\ 1 \end{pmatrix}"],
+        ),
+        ("1,-2", [r"x = 1 \mbox{ or } x = -2", r"-2,\ 1", r"\text{1 and -2}"], ["1,2", "1"]),
+        # as math-verify's tracker has it (issues 14, 41, 60, 82)
+        (r"\frac{1}{2^{99}}", ["2^{-99}", r"\frac{2}{2^{100}}"], [r"\frac{1}{2^{98}}", "0"]),
+        (r"\frac{1}{2004!}", [r"\frac{1}{2004!}"], [r"\frac{1}{2006!}"]),
+        ("0.0000672", [r"6.72\times10^{-5}", ".0000672"], ["0.0000675", "0"]),
+        (r"1 - \frac{1}{\mathrm{e}}", [r"1-\frac1e"], [r"1 + \frac{1}{\mathrm{e}}"]),
+        (r"1, 2, \ldots, n", [r"1,2,\ldots,n"], [r"1, 3, 5, \ldots, 2n-1", "1"]),
+        ("3x - y + 13 = 0", ["y = 3x + 13"], ["3x + 4y + 14 = 0", "0"]),
+        ("12:00", ["12:00."], ["1:00", "12"]),
+        ("10%", [r"10\%", "10", "0.1"], ["0.01", "1"]),
+        (".5", [r"\mathbf{.5}", r".5\ ", r"\tfrac12"], ["5", "-.5"]),
+    ],
+)  # fmt: skip
+def test_math_what_is_written_another_way_is_right_and_no_other(gold, right, wrong):
+    """The kinds that people report, of answers to no particular problem."""
+    assert {answer: tasks.math.equal(gold, answer) for answer in right} == dict.fromkeys(right, 1.0)
+    assert {answer: tasks.math.equal(gold, answer) for answer in wrong} == dict.fromkeys(wrong, 0.0)
+
+
+def test_math_plain_takes_no_time_on_hostile_text():
+    for part in ("{", r"\text{", "√(", r"\ ", "1\\,", r"\left", "}{", "\\color{", "_{1"):
+        began = time.process_time()
+        tasks.math.plain((part * 500)[: tasks.math.LONGEST])
+        assert time.process_time() - began < 0.1
+
+
 def test_math_survives_a_hostile_answer(graded):
     """It takes no longer than it may, and the worker that it kept busy is replaced."""
     hostile = [r"\boxed{9^{9^{9^{9^{9}}}}}", r"\boxed{" + "(" * 240 + "1" + ")" * 240 + "}", r"\boxed{1000000000!}"]
@@ -299,6 +356,15 @@ def test_math_names_the_bad_row(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"problem": "?", "solution": "It is 7."}\n')
     with pytest.raises(ValueError, match=r"train.jsonl:1: its `solution` holds no \\boxed{} answer"):
         task(tasks.math, data=tmp_path).problems("train")
+
+
+def test_an_answer_may_be_a_number(tmp_path):
+    rows = [{"problem": "?", "question": "?", "answer": each} for each in (2, 0, 1.5, -7, 1e-05)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for module in (tasks.math, gsm8k):
+        answers = [problem.answer for problem in task(module, data=tmp_path).problems("train")]
+        assert answers == ["2", "0", "1.5", "-7", "0.00001"]
+    assert [gsm8k.reward(f"so {each}", each) for each in answers] == [1.0] * 5
 
 
 # ---- tldr ----

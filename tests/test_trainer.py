@@ -1,6 +1,7 @@
 """Packed log-probabilities are those of plain rows, and an update is the same however it is cut."""
 
 import dataclasses
+import json
 import logging
 import resource
 import shutil
@@ -25,6 +26,7 @@ from train.packing import Packed, pack, packed_length, sharing_is_faster
 from train.trainer import Trainer
 
 ARCHITECTURES = [("llama", False), ("llama", True), ("gpt_neox", False), ("gpt2", True)]
+SCALED = [("gemma2", True), ("cohere", True), ("granite", False)]  # logits, and Gemma 2's attention scores too
 
 
 def make(folder, objective=None, end_token=None, checkpoint=None, **settings) -> Trainer:
@@ -69,12 +71,12 @@ def response_logprobs(trainer: Trainer, batch: Packed) -> torch.Tensor:
     return batch.to_BKT(logprobs_N, torch.arange(len(batch.responses))).sum(-1)
 
 
-@pytest.mark.parametrize(("architecture", "tie"), ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "tie"), ARCHITECTURES + SCALED)
 @pytest.mark.parametrize(("temperature", "share"), [(1.0, True), (1.0, False), (0.7, True)])
 def test_packed_is_plain(make_model, tokenizer, architecture, tie, temperature, share):
     folder = make_model(architecture, tie)
     trainer = make(folder, temperature=temperature)
-    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     groups = make_groups(len(tokenizer))
     batch = pack(groups, trainer.device, share=share)
     with torch.no_grad():
@@ -101,21 +103,25 @@ def test_one_row_for_all_groups_is_the_same(make_model, tokenizer, monkeypatch):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="flex attention on the CPU compiles with g++")
-def test_flex_attention_under_the_block_mask_is_the_same(make_model, tokenizer):
-    """What CUDA computes, forward, on the CPU: transformers takes the BlockMask as it is."""
-    folder, groups = make_model("llama", False), make_groups(len(tokenizer))
+@pytest.mark.parametrize(
+    ("architecture", "dense"), [("llama", "sdpa"), pytest.param("gemma2", "eager", marks=pytest.mark.long)]
+)
+def test_flex_attention_under_the_block_mask_is_the_same(make_model, tokenizer, architecture, dense):
+    """What CUDA computes, forward, on the CPU: transformers takes the BlockMask as it is, and soft-caps."""
+    folder, groups = make_model(architecture, False), make_groups(len(tokenizer))
     rows, row = pack(groups, torch.device("cpu")), pack(groups, torch.device("cpu"), flex=True)
     assert type(row.mask).__name__ == "BlockMask"
-    expected, found = hidden_states(folder, "sdpa", rows), hidden_states(folder, "flex_attention", row)
+    expected, found = hidden_states(folder, dense, rows), hidden_states(folder, "flex_attention", row)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def hidden_states(folder, attention: str, batch: Packed) -> torch.Tensor:
     """[N, H], where the responses' tokens are predicted."""
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).eval()
+    mask = torch.where(batch.mask, 0.0, -1e30) if attention == "eager" else batch.mask
     with torch.no_grad():
         hidden = model.base_model(
-            input_ids=batch.tokens, position_ids=batch.positions, attention_mask=batch.mask, use_cache=False
+            input_ids=batch.tokens, position_ids=batch.positions, attention_mask=mask, use_cache=False
         ).last_hidden_state
     return hidden.flatten(0, 1)[batch.source]
 
@@ -137,8 +143,9 @@ def weights_after(trainer: Trainer, groups: list[Group]) -> torch.Tensor:
     return weights_of(trainer)
 
 
-def test_an_update_is_the_same_however_it_is_cut(make_model, tokenizer, monkeypatch):
-    folder = make_model("llama", False)
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_an_update_is_the_same_however_it_is_cut(make_model, tokenizer, monkeypatch, architecture):
+    folder = make_model(architecture, False)
     whole = weights_after(make(folder), make_groups(len(tokenizer)))
     in_micro_batches = weights_after(make(folder, micro_batch_tokens=1), make_groups(len(tokenizer)))
     torch.testing.assert_close(in_micro_batches, whole, atol=1e-5, rtol=1e-4)
@@ -528,6 +535,17 @@ def test_updates_reach_the_posterior_of_the_responses_at_hand(make_model, tokeni
         log_ratio = response_logprobs(trainer, batch) - references
     rewards = torch.tensor([r.reward for r in batch.responses])
     torch.testing.assert_close(log_ratio - log_ratio.mean(), rewards - rewards.mean(), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("bad", [{}, {"temperature": 0.9}, {"top_p": 0.6, "temperature": 0.6}])
+def test_a_model_with_a_generation_config_that_contradicts_itself_can_be_saved(make_model, tmp_path, bad):
+    """transformers reads it and refuses to write it: a run would end at its first checkpoint."""
+    folder = make_model("llama", False)
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": False, "eos_token_id": [2, 5]} | bad))
+    trainer = make(folder)
+    assert trainer.end_tokens.tolist() == [2, 5]
+    trainer_writer(trainer)(tmp_path / "checkpoint")
+    assert make(folder, checkpoint=tmp_path / "checkpoint").end_tokens.tolist() == [2, 5]
 
 
 @pytest.mark.parametrize("optimizer", limits(Config)["optimizer"][OneOf])

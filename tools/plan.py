@@ -118,9 +118,10 @@ def estimate(model: PreTrainedConfig, config: Config, prompt: int, cuda: bool, e
             with contextlib.suppress(ValueError):  # GPT-2, for one, does not have it
                 policy.set_attn_implementation("flex_attention")
             trainer.attention = policy.config._attn_implementation
-            stack.enter_context(CudaAttention(flex=trainer.attention != "sdpa"))
+            stack.enter_context(CudaAttention(flex=trainer.attention == "flex_attention"))
         share = trainer.shares_prompts(full_passes(config, prompt, share=True)[0])
-        trainer.attention, trainer.shares_prompts = "sdpa", lambda _: share  # type: ignore
+        trainer.attention = "sdpa" if cuda else trainer.attention
+        trainer.shares_prompts = lambda _: share  # type: ignore
         groups, fit, largest = full_passes(config, prompt, share)
         trainer.micro_batch_tokens = fit * packed_length(groups[0], share)
         for weight in weights:

@@ -1,13 +1,16 @@
 """Models of the trainer: how they are loaded, and log-probabilities of the tokens that they read."""
 
 import contextlib
+import copy
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 CHUNK = 2**26  # logits at a time, 256 MiB of fp32: [tokens, vocabulary] of a whole micro-batch is never built
 
@@ -20,7 +23,13 @@ def load_model(model: str | Path | PreTrainedConfig, dtype: torch.dtype, device:
         with contextlib.suppress(ValueError):  # GPT-2, for one, does not have it
             return load(model, dtype=dtype, attn_implementation="flex_attention").to(device).eval()
     loaded = load(model, dtype=dtype, attn_implementation="sdpa").eval()  # no dropout: a response has one probability
+    loaded.set_attn_implementation(dense_attention(loaded))
     return loaded if loaded.device == device else loaded.to(device)  # fake tensors (tools/plan.py) refuse even that
+
+
+def dense_attention(model: PreTrainedModel) -> str:
+    """What computes a model's attention where that is not flex attention: torch's own, which cannot soft-cap scores."""
+    return "eager" if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
 
 
 def cast_linears(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -42,8 +51,31 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return max((m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)), key=len)
 
 
+class _States(BaseModelOutputWithPast):
+    def __getattr__(self, name: str) -> None:  # such as cross_attentions, which some have beside
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class _Given(nn.Module):
+    """In the place of a model's layers: their hidden states are given."""
+
+    def forward(self, *_, inputs_embeds: Tensor, **__) -> _States:
+        return _States(last_hidden_state=inputs_embeds)
+
+    decoder = forward  # OPT calls them by this name
+
+
+def head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """From hidden states [N, H] to logits [N, V] as the model's own forward has them: Cohere and Granite scale what its
+    last layer gives, Gemma 2 soft-caps it."""
+    alone = copy.copy(model)
+    alone._modules = model._modules | {model.base_model_prefix: _Given()}
+    return lambda hidden_NH: alone(inputs_embeds=hidden_NH[None], use_cache=False).logits[0]
+
+
 def token_logprobs(
-    head: nn.Module,
+    model: PreTrainedModel,
     hidden_NH: Tensor,
     target_N: Tensor,
     temperature: float,
@@ -57,7 +89,7 @@ def token_logprobs(
     """
 
     def of_chunk(hidden: Tensor, target: Tensor, early: Tensor | None) -> tuple[Tensor, Tensor]:
-        logits = head(hidden)
+        logits = logits_of(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         if early is not None:
             impossible = torch.zeros_like(logits, dtype=torch.bool)
@@ -68,7 +100,7 @@ def token_logprobs(
             entropy = log_z - ((logits - log_z[:, None]).exp() * logits).sum(-1)
         return logits.gather(-1, target[:, None])[:, 0] - log_z, entropy
 
-    size = max(1, CHUNK // head.weight.shape[0])
+    logits_of, size = head(model), max(1, CHUNK // model.get_output_embeddings().weight.shape[0])
     if len(target_N) <= size:
         return of_chunk(hidden_NH, target_N, early_N)
     early = itertools.repeat(None) if early_N is None else early_N.split(size)

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from buffer import Group, Response
 from config import Config, RunError
 from loss import Batch
-from train.model import cast_linears, decoder_layers, load_model, token_logprobs
+from train.model import cast_linears, decoder_layers, dense_attention, load_model, token_logprobs
 from train.optimizer import forget_half_made_state, make_optimizer, take_step, weights_dtype
 from train.packing import Packed, micro_batches, pack, packed_length, sharing_is_faster
 from train.transfer import HostCopy, to_device
@@ -100,29 +100,30 @@ class Trainer:
     ) -> tuple[Tensor, Tensor]:
         """Log-probability of each response token and entropy of its distribution [N], in nats, where a response could
         not end before `min_tokens` tokens."""
-        attention = self.attention if batch.mask is not None else "sdpa"
+        attention, mask = self.attention if batch.mask is not None else dense_attention(model), batch.mask
         if model.config._attn_implementation != attention:
             model.set_attn_implementation(attention)
+        if attention == "eager" and mask is not None:  # which adds it to the scores
+            mask = torch.where(torch.as_tensor(mask), 0.0, torch.finfo(model.dtype).min)
         with self.autocast:
             hidden = model.base_model(
-                input_ids=batch.tokens, position_ids=batch.positions, attention_mask=batch.mask, use_cache=False
+                input_ids=batch.tokens, position_ids=batch.positions, attention_mask=mask, use_cache=False
             ).last_hidden_state
             hidden_NH = hidden.flatten(0, 1)[batch.source]
             early_N = batch.position < min_tokens if min_tokens else None
-            head = model.get_output_embeddings()
-            return token_logprobs(head, hidden_NH, batch.target, temperature, early_N, self.end_tokens)
+            return token_logprobs(model, hidden_NH, batch.target, temperature, early_N, self.end_tokens)
 
     def shares_prompts(self, groups: list[Group]) -> bool:
         """Whether the responses to a prompt are to share its tokens."""
         settings = self.policy.config.get_text_config()
         width = settings.hidden_size * settings.num_hidden_layers
-        return sharing_is_faster(groups, self.attention != "sdpa", self.parameters, width)
+        return sharing_is_faster(groups, self.attention == "flex_attention", self.parameters, width)
 
     def micro_batches(self, groups: list[Group]) -> Iterator[tuple[list[Group], Packed]]:
         """Micro-batches of the groups: (some of them, the same packed)."""
         share = bool(groups) and self.shares_prompts(groups)
         for some in micro_batches(groups, self.micro_batch_tokens, share):
-            yield some, pack(some, self.device, self.attention != "sdpa", share)
+            yield some, pack(some, self.device, self.attention == "flex_attention", share)
 
     @torch.no_grad()
     def score_reference(self, groups: list[Group]) -> None:
