@@ -6,13 +6,13 @@
     python -m bench.vs_trl --speed              for a GPU: responses a second, on the lengths of GSM8K and TL;DR
     python -m bench.vs_trl --json               prints, last, all figures as one JSON object
 
-Three sides: "tba", ours with trajectory balance; "dr_grpo", ours with TRL's objective; "trl", in .venv-trl, which is
-made at first. Each uses both cores as it sees fit, and has a clock of training: from when search begins, without
-loading, compiling and evaluating. Every half second the policy is set aside; afterwards each is asked for 8 responses
-to each of 400 held-out problems. What counts is the first policy from which on five in a row have a pass@1 of 0.50, or
-of 0.65, so that who learns fast and stalls is seen; `distinct` is how many different right answers it gives a problem.
-The settings of each side are the best of as many tried: docs/measurements.md. A cell is the median over the seeds
-(lowest to highest).
+The sides: "tba", ours with trajectory balance; "dr_grpo", ours with TRL's objective; "trl", in .venv-trl, which is made
+at first. Each uses both cores as it sees fit, and has a clock of training: from when search begins, without loading,
+compiling and evaluating. Every half second the policy is set aside; afterwards each is asked for 8 responses to each of
+400 held-out problems. What counts is the first policy from which on five in a row have a pass@1 of 0.50, or of 0.65, so
+that who learns fast and stalls is seen; `distinct` is how many different right answers it gives a problem. The settings
+of "tba" and "trl" are the best of as many tried: docs/measurements.md. A cell is the median over the seeds (lowest to
+highest).
 
 With --speed a Llama of 1.1B with random weights (--size for another) is trained on 7 x 20 responses at a time, by TRL
 with vLLM colocated: `ours` and `trl` are the responses that are searched and trained on in a second.
@@ -46,19 +46,23 @@ from run.cli import parse
 from tasks import countdown
 
 OURS = (
-    *("--steps", "1000000", "--lr", "3e-4", "--lr-schedule", "constant"),
+    *("--steps", "1000000", "--lr-schedule", "linear"),  # to 0 at --max-seconds
     *("--prompts-per-step", "16", "--responses-per-prompt", "8", "--search-responses", "8"),
     *("--sync-every", "1", "--on-policy-prob", "1", "--prime", "128"),
 )
-LOSSES = {"tba": ("--loss", "tb_tapered", "--beta", "0.03"), "dr_grpo": ("--loss", "dr_grpo", "--beta", "0")}
+LOSSES = {
+    "tba": ("--loss", "tb_tapered", "--lr", "6e-4", "--beta", "0.03"),
+    "dr_grpo": ("--loss", "dr_grpo", "--lr", "6e-4", "--beta", "0"),
+}
 TRL = dict(
     temperature=1.0, loss_type="dr_grpo", scale_rewards="none", beta=0.0, lr_scheduler_type="constant",
     weight_decay=0.0, gradient_checkpointing=False,
 )  # fmt: skip
 ON_COUNTDOWN = TRL | dict(
-    per_device_train_batch_size=256, num_generations=16, max_completion_length=13, learning_rate=4e-4, use_cpu=True,
-    bf16=False,
+    per_device_train_batch_size=256, num_generations=16, max_completion_length=13, use_cpu=True, bf16=False,
+    learning_rate=1e-3, lr_scheduler_type="linear", max_steps=200,  # what it makes in the time here
 )  # fmt: skip
+SIDES = (*LOSSES, "trl")
 LENGTHS_TASK, LENGTHS = "bench/lengths_task.py", {"gsm8k": (120, 200), "tldr": (400, 60)}  # prompt and response, tokens
 B, K, WARM = 7, 20, 3  # of --speed; updates that are not counted
 EVERY, SAMPLES, SUSTAINED = 0.5, 8, 5  # seconds between policies; samples of a problem; policies in a row
@@ -78,7 +82,7 @@ class Policy:
 async def ours(seed: int, seconds: float, settings: Sequence[str]) -> list[Policy]:
     """Policies of a run with an objective of LOSSES, one every so many seconds."""
     policies: list[Policy] = []
-    async with session("--seed", str(seed), *OURS, *settings) as run:
+    async with session("--seed", str(seed), "--max-seconds", str(seconds + 1), *OURS, *settings) as run:
 
         def policy() -> Policy:  # between two updates
             copies = {name: weight.detach().clone() for name, weight in run.trainer.policy.state_dict().items()}
@@ -225,8 +229,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Train, examine, print the table."""
     commands = parser(__doc__)
     commands.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    commands.add_argument("--only", nargs="+", choices=[*LOSSES, "trl"], default=[*LOSSES, "trl"], help="these sides")
-    commands.add_argument("--seconds", type=float, default=40.0, help="of training")
+    commands.add_argument("--only", nargs="+", choices=SIDES, default=SIDES, metavar="SIDE", help="some sides")
+    commands.add_argument("--seconds", type=float, default=30.0, help="of training")
     commands.add_argument("--problems", type=at_least(1), default=400)
     commands.add_argument("--trl", type=json.loads, default={}, help="settings of GRPOConfig, as JSON")
     commands.add_argument("--speed", action="store_true", help="measure responses a second instead")
@@ -261,11 +265,9 @@ def show_sides(rows: list[dict], wanted: argparse.Namespace) -> None:
     if "trl" in of:
         print("\nTRL's seconds over ours\n")
         cells = [
-            [side] + [
-                reached([b[f"s to {goal}"] / a[f"s to {goal}"] for a, b in zip(of[side], of["trl"], strict=True)])
-                for goal in GOALS
-            ]
-            for side in of if side != "trl"
+            [side, *(reached([there[name] / here[name] for here, there in zip(of[side], of["trl"], strict=True)])
+                     for name in (f"s to {goal}" for goal in GOALS))]
+            for side in LOSSES if side in of
         ]  # fmt: skip
         show(("side", *(f"to {goal}" for goal in GOALS)), cells, {}, as_json=False)
     if wanted.json:

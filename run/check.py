@@ -47,6 +47,7 @@ def give_way(config: Config, given: set[str]) -> Config:
             changed.update(values)
 
     if config.loss in OBJECTIVES:
+        way({"seed_data"}, config.reads_behaviour, loss="tb")
         way({"loss"}, not config.objective.has_gamma, gamma=1.0, gamma_steps=0, gamma_final=1.0)
     way({"beta"}, not config.beta and not given & {"beta_final", "beta_steps"}, beta_schedule="constant")
     way({"beta_steps"}, not config.beta_steps, beta_schedule="constant")

@@ -37,22 +37,23 @@ class Task(tasks.Task):
         model: str = "embedded"
         numbers: Literal[3, 4] = 3
         """Numbers in a problem. With 4 the embedded model is right 3 times in a hundred: sparse rewards."""
-        steps: int = 2400
+        loss: str = "tb_tapered"
+        steps: int = 1500
         prompts_per_step: int = 16
         responses_per_prompt: int = 16
         search_responses: int = 16
-        lr: float = 1e-4
+        lr: float = 3e-4
         lr_schedule: str = "linear"
-        beta: float = 0.05
+        beta: float = 0.03
         temperature: float = 1.0
         max_tokens: int = 13
         sync_every: int = 2
         on_policy_prob: float = 0.95
         prime: int = 512
-        eval_every: int = 600
+        eval_every: int = 300
         eval_prompts: int = 400
         eval_samples: int = 8
-        save_every: int = 600
+        save_every: int = 300
 
     def __init__(self, config: Settings, tokenizer):
         super().__init__(config, tokenizer)

@@ -109,6 +109,8 @@ def test_what_cannot_be_read_is_refused(arguments, named):
         ("redteam", ["--gamma-steps", "0"], {}),
         ("redteam", ["--max-tokens", "3"], {"min_tokens": 3}),
         ("tldr", ["--beta-schedule", "cosine"], {}),
+        ("countdown", ["--seed-data", "x"], {"loss": "tb"}),  # nobody knows who wrote a demonstration
+        ("countdown", ["--seed-data", "x", "--no-importance-ratio"], {"importance_ratio": False}),
     ],
 )
 def test_a_default_that_hangs_on_what_a_flag_changed_gives_way(task, flags, gave_way):

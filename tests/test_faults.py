@@ -129,7 +129,7 @@ def test_a_run_survives_what_goes_wrong(embedded, tmp_path, nothing_left, main, 
     """Rewards that raise, hang, are nan, infinite or too few; a loss and a gradient that are nan; no memory; no disk;
     an engine that is killed, and Ctrl-C at the end. All of it with figures that come late, as from a GPU."""
     out, calls, updates = tmp_path / "run", itertools.count(1), itertools.count(1)
-    task_reward, tb, asked = tasks.load("countdown").reward, OBJECTIVES["tb"], []
+    task_reward, tb_tapered, asked = tasks.load("countdown").reward, OBJECTIVES["tb_tapered"], []
 
     def reward(task, problem, responses):
         right = task_reward(task, problem, responses)
@@ -144,12 +144,12 @@ def test_a_run_survives_what_goes_wrong(embedded, tmp_path, nothing_left, main, 
                 return right[:-1]
         return right
 
-    @loss.objective(needs_beta=True, has_gamma=True)
+    @loss.objective(needs_beta=True, has_gamma=True, reads_behaviour=True)
     def objective(batch, beta):
         count, size = next(updates), len(batch.rewards_BK)
         asked.append(size)
         if count == 5:
-            return tb(batch, beta) * math.nan
+            return tb_tapered(batch, beta) * math.nan
         if count == 8:
             batch.logprobs_BKT.register_hook(lambda gradient: gradient * math.nan)
         if count > 11 and size > 8:
@@ -158,7 +158,7 @@ def test_a_run_survives_what_goes_wrong(embedded, tmp_path, nothing_left, main, 
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, unlimited))
         if count == 150:
             resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
-        return tb(batch, beta)
+        return tb_tapered(batch, beta)
 
     class Late(trainer.Pending):
         ready = False  # until the next update is enqueued, as on a GPU
@@ -172,7 +172,7 @@ def test_a_run_survives_what_goes_wrong(embedded, tmp_path, nothing_left, main, 
     monkeypatch.setattr(Checkpoints, "save", save)
     monkeypatch.setattr(trainer, "Pending", Late)
     monkeypatch.setattr(tasks.load("countdown"), "reward", reward)
-    monkeypatch.setitem(OBJECTIVES, "tb", objective)
+    monkeypatch.setitem(OBJECTIVES, "tb_tapered", objective)
     killer = when(
         lambda: rows(out) > 70,
         lambda: multiprocessing.active_children()[0].terminate(),  # ignored by engines, though sent to all
@@ -216,13 +216,13 @@ def test_a_run_survives_what_goes_wrong(embedded, tmp_path, nothing_left, main, 
 def test_a_gradient_that_stays_nan_ends_with_the_last_good_checkpoint(
     embedded, tmp_path, nothing_left, main, monkeypatch
 ):
-    tb, updates = OBJECTIVES["tb"], itertools.count(1)
+    tb_tapered, updates = OBJECTIVES["tb_tapered"], itertools.count(1)
 
-    @loss.objective(needs_beta=True, has_gamma=True)
+    @loss.objective(needs_beta=True, has_gamma=True, reads_behaviour=True)
     def objective(batch, beta):
-        return tb(batch, beta) * (math.nan if next(updates) > 8 else 1)
+        return tb_tapered(batch, beta) * (math.nan if next(updates) > 8 else 1)
 
-    monkeypatch.setitem(OBJECTIVES, "tb", objective)
+    monkeypatch.setitem(OBJECTIVES, "tb_tapered", objective)
     out = tmp_path / "run"
     done = main("--model", embedded[1], "--out", out, *SHORT, "--save-every", 4)
     assert done.code == 1 and "Traceback" not in done.err
@@ -375,9 +375,9 @@ def test_what_cannot_be_resumed_is_refused_at_once(idle, embedded, tmp_path, mai
     again = ["--resume", "auto", "--out", out, "--model", embedded[1]]
     taken = f"another run (process {os.getpid()}) is writing there"
     refused = [
-        (["--resume", out, "--lr", 1e-3], "lr was 0.0001 in "),
+        (["--resume", out, "--lr", 1e-3], "lr was 0.0003 in "),
         (["--resume", out, "--strict"], "strict was False in "),
-        ([*again, "--loss", "grpo"], "loss was 'tb' in "),
+        ([*again, "--loss", "grpo"], "loss was 'tb_tapered' in "),
         (again, taken),
         (["--resume", out], taken),
         (["--out", out], "out is "),
