@@ -150,7 +150,7 @@ def test_resume_takes_the_runs_settings(tmp_path):
     resumed = parse(["--resume", "auto", "--out", str(tmp_path), *again])
     assert dataclasses.replace(resumed, out="", resume="") == parse(again)
     for flags, complaint in (
-        (["--lr", "1"], "lr was 0.0001 in .*, and is 1.0 now: it cannot change .* --model .*/model"),
+        (["--lr", "1"], "lr was 0.0003 in .*, and is 1.0 now: it cannot change .* --model .*/model"),
         (["--numbers", "4"], "numbers was 3 in"),
         (["--strict"], "strict was False in"),
     ):

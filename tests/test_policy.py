@@ -42,7 +42,7 @@ def test_dense_models_with_attention_can_be_trained(architecture, settings):
         ("lfm2", dict(layer_types=["conv", "full_attention"]), "not all attention"),
         ("falcon_h1", dict(mamba_d_ssm=32, mamba_n_heads=2, mamba_d_head=16, mamba_d_state=8), "not all attention"),
         ("mamba", {}, "MambaForCausalLM does not support"),
-        ("falcon", dict(alibi=True), ""),  # a mask of its own, which rows that share prompts cannot have
+        ("falcon", dict(alibi=True), "."),  # a mask of its own, which rows that share prompts cannot have
         ("gptj", dict(n_embd=32, n_layer=2, n_head=2, rotary_dim=8), "GPTJForCausalLM does not support"),
         ("t5", dict(d_kv=16), "Unrecognized configuration class"),
         ("bert", dict(architectures=["BertForMaskedLM"]), "it is a BertForMaskedLM"),
