@@ -32,8 +32,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import tasks
 from bench.session import session
-from bench.table import PROJECT, at_least, median_and_range, show
+from bench.table import PROJECT, at_least, median_and_range, reached, show
 from buffer import Group
 from tasks import Answered
 from tba import TBA
@@ -69,6 +70,7 @@ async def run(loss: str, age: int, seed: int, updates: int, settings: Sequence[s
                 for group in waiting[-1]:
                     here.sampler.done(group.prompt_id)
             await here.in_trainer(here.trainer.update, waiting.popleft(), **schedules.schedule(step, 0.0))
+            here.progress.step += 1
             await here.sync(await here.stage())
             if (step + 1) * 4 % updates < 4:
                 rows.append(await examine(here, step + 1))
@@ -92,12 +94,12 @@ def figures(answers: list[Answered]) -> dict[str, float]:
     for k in KS:
         none = [math.comb(len(each) - sum(each), k) / math.comb(len(each), k) for each in right]
         found[f"pass@{k}"] = 1 - statistics.fmean(none)
-    distinct = [
-        len({sample.text.strip() for sample in each.samples[i : i + PER_DISTINCT] if sample.reward > 0})
+    some = [
+        replace(each, samples=each.samples[i : i + PER_DISTINCT])
         for each in answers
         for i in range(0, len(each.samples), PER_DISTINCT)
     ]
-    return found | {"distinct": statistics.fmean(distinct)}
+    return found | {"distinct": tasks.accuracy(some)["distinct"]}
 
 
 def confine(halves: Queue) -> None:
@@ -137,11 +139,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps({"rows": rows}))
 
 
-def final(rows: list[dict], loss: str, age: int, figure: str = "pass@1") -> list[float]:
-    """A figure after the last update, of each seed."""
+def final(rows: list[dict], loss: str, age: int) -> list[float]:
+    """pass@1 after the last update, of each seed."""
     mine = [row for row in rows if (row["loss"], row["age"]) == (loss, age)]
     last = max(row["step"] for row in mine)
-    return [row[figure] for row in mine if row["step"] == last]
+    return [row["pass@1"] for row in mine if row["step"] == last]
 
 
 def at_level(rows: list[dict], level: float, figure: str) -> float:
@@ -170,12 +172,7 @@ def show_diversity(rows: list[dict], wanted: argparse.Namespace) -> None:
                 for age in wanted.ages
                 for seed in range(wanted.seeds)
             ]
-            found = {level: [at_level(each, level, figure) for each in runs] for level in LEVELS}
-            reached = {level: [value for value in values if not math.isnan(value)] for level, values in found.items()}
-            cells.append([loss] + [
-                f"{median_and_range(values)}, {len(values)} of {len(runs)} runs" if values else "never reached"
-                for values in reached.values()
-            ])  # fmt: skip
+            cells.append([loss, *(reached([at_level(each, level, figure) for each in runs]) for level in LEVELS)])
         print(f"\n{figure} where pass@1 is\n")
         show(("--loss", *map(str, LEVELS)), cells, {}, as_json=False)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -49,3 +50,14 @@ def median_and_range(values: list[float], digits: int = 3) -> str:
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
     return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+
+
+def reached(values: list[float], digits: int = 3) -> str:
+    """Median and range of those that are not nan, and how many they are where not all: 0.5 (0.4 to 0.6), 2 of 3
+
+    >>> reached([0.5, math.nan, 0.7], digits=1), reached([math.nan])
+    ('0.6 (0.5 to 0.7), 2 of 3', 'never')
+    """
+    there = [value for value in values if not math.isnan(value)]
+    missed = "" if len(there) == len(values) else f", {len(there)} of {len(values)}"
+    return median_and_range(there, digits) + missed if there else "never"

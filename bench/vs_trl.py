@@ -40,7 +40,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tasks
 from bench.lengths_task import folder
 from bench.session import searching, session, train, training
-from bench.table import PROJECT, at_least, median_and_range, parser, show, table
+from bench.table import PROJECT, at_least, parser, reached, show, table
 from buffer import Response
 from run.cli import parse
 from tasks import countdown
@@ -260,25 +260,16 @@ def show_sides(rows: list[dict], wanted: argparse.Namespace) -> None:
     _, _, *names = rows[0]
     of = {side: [row for row in rows if row["side"] == side] for side in wanted.only}
     print()
-    cells = [[side, *(reached([row[name] for row in of[side]]) for name in names)] for side in of]
+    cells = [[side, *(reached([row[name] for row in of[side]], 2) for name in names)] for side in of]
     show(("side", *names), cells, {}, as_json=False)
     if "trl" in of:
         print("\nTRL's seconds over ours\n")
-        cells = [
-            [side, *(reached([there[name] / here[name] for here, there in zip(of[side], of["trl"], strict=True)])
-                     for name in (f"s to {goal}" for goal in GOALS))]
-            for side in LOSSES if side in of
-        ]  # fmt: skip
-        show(("side", *(f"to {goal}" for goal in GOALS)), cells, {}, as_json=False)
+        pairs = {side: list(zip(of[side], of["trl"], strict=True)) for side in LOSSES if side in of}
+        marks = [f"s to {goal}" for goal in GOALS]
+        cells = [[side, *(reached([b[mark] / a[mark] for a, b in pairs[side]], 2) for mark in marks)] for side in pairs]
+        show(("side", *marks), cells, {}, as_json=False)
     if wanted.json:
         print(json.dumps({"rows": rows}))
-
-
-def reached(values: list[float]) -> str:
-    """Median and range of the seeds that reached a goal, and how many did where not all."""
-    there = [value for value in values if not math.isnan(value)]
-    missed = "" if len(there) == len(values) else f", {len(there)} of {len(values)} seeds"
-    return (median_and_range(there, 2) if there else "never") + missed
 
 
 def speed(size: str, seconds: float) -> dict[str, float]:

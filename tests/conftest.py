@@ -176,3 +176,11 @@ def embedded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("embedded")
     countdown_model.warm_up(folder, seed=0, numbers=3, steps=60)
     return {"XDG_CACHE_HOME": str(cache)}, folder
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """The lines that are logged."""
+    lines = []
+    monkeypatch.setattr(logging.getLogger("tba"), "info", lines.append)
+    return lines

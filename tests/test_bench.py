@@ -14,6 +14,7 @@ from bench.lengths_task import folder
 from bench.session import session
 from buffer import Response
 from tasks import Answered, Problem, countdown
+from train.trainer import Trainer
 
 
 def figures(capsys) -> dict:
@@ -167,6 +168,19 @@ def test_diversity_is_compared_where_pass_at_1_first_reached_a_level():
     rows = [{"pass@1": x, "distinct": y} for x, y in ((0.3, 1.0), (0.5, 3.0), (0.4, 9.0), (0.6, 9.0))]
     assert staleness.at_level(rows, 0.4, "distinct") == pytest.approx(2.0)
     assert math.isnan(staleness.at_level(rows, 0.7, "distinct"))
+
+
+@pytest.mark.long
+def test_batches_are_as_old_as_the_bench_of_staleness_says(embedded, monkeypatch):
+    versions, update = [], Trainer.update
+
+    def noting(trainer, groups, **settings):
+        versions.append({response.version for group in groups for response in group.responses})
+        return update(trainer, groups, **settings)
+
+    monkeypatch.setattr(Trainer, "update", noting)
+    asyncio.run(staleness.run("tb_tapered", 2, 0, 6, ["--model", str(embedded[1]), "--eval-prompts", "1"]))
+    assert versions == [{0}, {0}, {0}, {1}, {2}, {3}]  # the sixth update, of version 5, has responses of version 3
 
 
 @pytest.mark.long

@@ -39,14 +39,6 @@ def score(reward, given=None, **settings):
     return rewards, asyncio.run(rewards(None, given or responses()))
 
 
-@pytest.fixture
-def lines(monkeypatch):
-    """The lines that are logged."""
-    lines = []
-    monkeypatch.setattr(logging.getLogger("tba"), "info", lines.append)
-    return lines
-
-
 def plain(problem, given):
     return [float(each.text) for each in given]
 

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 import math
 import random
 
@@ -12,14 +11,6 @@ from tokenizers.processors import TemplateProcessing
 from run.prompts import PromptSampler, demonstrations, tokenize
 from tasks import Problem
 from tests.conftest import CHAT_TEMPLATE
-
-
-@pytest.fixture
-def lines(monkeypatch):
-    """The lines that are logged."""
-    lines = []
-    monkeypatch.setattr(logging.getLogger("tba"), "info", lines.append)
-    return lines
 
 
 def test_prompts_that_are_too_long_are_left_out_and_logged(tokenizer, lines):
