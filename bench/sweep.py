@@ -1,7 +1,7 @@
 """Runs of tba.py side by side on Countdown, and what they have reached: a row for each setting.
 
     python -m bench.sweep objectives            every objective, 30 seconds of training each: 30 minutes on 2 cores
-    python -m bench.sweep search                more search at equal updates, where rewards are sparse: 30 minutes
+    python -m bench.sweep search                more search at equal updates, where rewards are sparse: 8 minutes
     python -m bench.sweep curves runs/NAME ...  learning curves of finished runs; --figure eval/greedy: another figure
 
 Flags: --seeds 3, --eval-prompts, --out (runs are kept there, and one that is there is not made again), --json (prints,
@@ -12,7 +12,7 @@ objectives --losses tb grpo --seconds 30 --lr 1e-4
     log pi - log pi_ref over the batches of the last 50 updates, in nats a response: the learning rate is almost 0 by
     then, so that they are near to samples of the final policy.
 
-search --ratios 1 4 32 --steps 64
+search --ratios 1 4 --steps 64
     bench/hard_task.py: 64 prompts with 4 numbers, of which the embedded model gets 1 in 170 right. The ratio is
     responses searched per response trained on: search and training take turns (--strict), ratio x K responses are
     generated for each of the B prompts, and K of them are trained on. "tb_tapered with replay": half the prompts are
@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
             command.add_argument("--lr", type=float, default=1e-4)
         else:
             command.add_argument("--steps", type=at_least(1), default=64, help="updates of each run")
-            command.add_argument("--ratios", type=at_least(1), nargs="+", default=[1, 4, 32])
+            command.add_argument("--ratios", type=at_least(1), nargs="+", default=[1, 4])
     command = commands.add_parser("curves")
     command.add_argument("runs", nargs="+", type=Path)
     command.add_argument("--figure", default="eval/pass@1")
