@@ -280,7 +280,7 @@ async def started(setup: Setup) -> AsyncIterator[TBA]:
             arguments = setup.model, setup.config, setup.train_device, setup.tokenizer.eos_token_id, setup.resume
             trainer = await asyncio.get_running_loop().run_in_executor(thread, Trainer, *arguments)
         with timed(f"starting vLLM on {', '.join(setup.search_devices)}"):
-            weights = StagedWeights(trainer.policy, setup.search_devices)
+            weights = StagedWeights(trainer.layout, setup.search_devices, trainer.policy.dtype, trainer.device)
             searcher = await stack.enter_async_context(Searcher(setup.engines, weights, **setup.sampling))
         await stack.enter_async_context(setup.task.serving(setup))
         yield TBA(setup, trainer, thread, searcher)

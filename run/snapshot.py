@@ -29,10 +29,10 @@ def trainer_writer(trainer: "Trainer") -> Callable[[Path], None]:
     """
     import torch
 
-    policy = copy_to_host(trainer.policy.state_dict())
-    reference = copy_to_host(trainer.reference.state_dict()) if trainer.ref_version else None
+    policy = copy_to_host(trainer.weights())
+    reference = copy_to_host(trainer.weights("reference")) if trainer.ref_version else None
     optimizer = io.BytesIO()  # as bytes: torchao's state of 8 bits has no other copy
-    torch.save({"optimizer": trainer.optimizer.state_dict(), "ref_version": trainer.ref_version}, optimizer)
+    torch.save({"optimizer": trainer.optimizer_state(), "ref_version": trainer.ref_version}, optimizer)
 
     def write(folder: Path) -> None:
         save_model(trainer.policy, folder, policy)

@@ -60,7 +60,7 @@ async def save_last(tba: "TBA") -> None:
     outcome.step = step
 
     def export(folder: Path) -> None:
-        save_model(tba.trainer.policy, folder)
+        save_model(tba.trainer.policy, folder, weights)
         tba.setup.tokenizer.save_pretrained(folder)
 
     try:
@@ -70,6 +70,7 @@ async def save_last(tba: "TBA") -> None:
             if not tba.metrics.diverged:  # then the checkpoints before it are the good ones
                 await save(tba)
             await tba.checkpoints.idle()  # two copies may be too much for the memory
+            weights = await tba.in_trainer(tba.trainer.weights)
             write_atomically(tba.setup.out / "model", export)
         outcome.failed = tba.checkpoints.failed
     except Exception as error:

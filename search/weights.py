@@ -7,63 +7,66 @@ call to each engine (`Worker.load_weights`), with no serialisation and no file.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.reduction import ForkingPickler
 
 import torch
 import torch.multiprocessing  # registers CUDA tensors with ForkingPickler
-from torch import Tensor, nn
+from torch import Tensor
 
+CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # nats a token, on average: rounding stays far below
 
 
-def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, weight) of a model's weights as in a checkpoint; tied weights come under each of their names."""
-    return model.named_parameters(remove_duplicate=False)
-
-
 class StagedWeights:
-    """A copy of a model's weights that other processes can read.
+    """A copy of the policy's weights that other processes can read.
 
     Args:
-        model: whose weights.
-        devices: of the engines. On the trainer's GPU the copy stays there where all of them are GPUs.
+        layout: (name, shape) of each weight, `Trainer.layout`.
+        engines: their devices. On the trainer's GPU the copy stays there where all of them are GPUs.
+        dtype: of the trainer's weights.
+        device: of the trainer.
     """
 
-    def __init__(self, model: nn.Module, devices: Sequence[str]):
-        self.weights = dict(named_weights(model))
-        on_gpu = all(device.startswith("cuda") for device in devices)
+    def __init__(
+        self,
+        layout: list[tuple[str, list[int]]],
+        engines: Sequence[str],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = CPU,
+    ):
+        self.layout, self.device = layout, device
+        on_gpu = all(engine.startswith("cuda") for engine in engines)
         self.dtype = torch.bfloat16 if on_gpu else torch.float32
-        rounded = torch.bfloat16 in {self.dtype, *(weight.dtype for weight in self.weights.values())}
-        self.tolerance = TOLERANCE[torch.bfloat16 if rounded else torch.float32]
+        self.tolerance = TOLERANCE[torch.bfloat16 if torch.bfloat16 in (self.dtype, dtype) else torch.float32]
         self.version = 0  # the trainer's step that the copy is of
-        self.allocate(on_gpu and next(model.parameters()).is_cuda)
+        self.allocate(on_gpu and device.type == "cuda")
 
     def allocate(self, share_cuda: bool) -> None:
-        """Allocate the copy, on the model's GPU or in host memory, and the handle by which other processes open it."""
-        size = sum(weight.numel() for weight in self.weights.values())
-        layout = [(name, list(weight.shape)) for name, weight in self.weights.items()]
-        self.handle: dict = {"dtype": str(self.dtype).removeprefix("torch."), "size": size, "layout": layout}
+        """Allocate the copy, on the trainer's GPU or in host memory, and the handle by which others open it."""
+        size = sum(math.prod(shape) for _, shape in self.layout)
+        self.handle: dict = {"dtype": str(self.dtype).removeprefix("torch."), "size": size, "layout": self.layout}
         if share_cuda:
-            self.flat = torch.empty(size, dtype=self.dtype, device=next(iter(self.weights.values())).device)
+            self.flat = torch.empty(size, dtype=self.dtype, device=self.device)
             self.handle["ipc"] = bytes(ForkingPickler.dumps(self.flat))
         else:  # memory without a name: it is freed when the last process that has it open ends, however that ends
             self.memory = os.memfd_create("tba-weights")
             os.truncate(self.memory, size * self.dtype.itemsize)
             self.handle["path"] = f"/proc/{os.getpid()}/fd/{self.memory}"
             self.flat = open_flat(self.handle)
-        self.views = dict(views_of(self.flat, layout))
+        self.views = dict(views_of(self.flat, self.layout))
         self.stream = torch.cuda.Stream(self.flat.device) if share_cuda else None
 
     @torch.no_grad()
-    def write(self, version: int) -> None:
-        """Copy the model's weights. On CUDA the copy runs on a stream of its own: see `wait`."""
+    def write(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy the weights, (name, weight) each. On CUDA the copy runs on a stream of its own: see `wait`."""
         self.version = version
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.flat.device))
         with torch.cuda.stream(self.stream):
-            for name, weight in self.weights.items():
+            for name, weight in weights:
                 self.views[name].copy_(weight, non_blocking=self.stream is not None)
 
     def wait_before_update(self) -> None:
@@ -88,6 +91,6 @@ def views_of(flat: Tensor, layout: list[tuple[str, list[int]]]) -> Iterator[tupl
     """(name, weight) of each weight in a staging tensor."""
     start = 0
     for name, shape in layout:
-        end = start + torch.Size(shape).numel()
+        end = start + math.prod(shape)
         yield name, flat[start:end].view(shape)
         start = end

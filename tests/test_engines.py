@@ -52,7 +52,7 @@ def test_engine_and_trainer_agree_after_a_sync(make_model, tokenizer, tmp_path, 
     folder = str(make_model(architecture, tie))
     trainer = Trainer(folder, Config(temperature=0.7), "cpu")
     prompt = np.array(tokenizer("How many clips did Natalia sell?").input_ids, dtype=np.int32)
-    weights = StagedWeights(trainer.policy, ["cpu"])
+    weights = StagedWeights(trainer.layout, ["cpu"])
     monkeypatch.setattr("search.engine._serve", imported.serve)
 
     async def check() -> None:
@@ -123,7 +123,7 @@ def test_two_engines_share_the_requests_and_one_that_dies_is_noticed(make_model,
     with torch.no_grad():
         trainer.policy.lm_head.weight.mul_(0.3)
         trainer.policy.lm_head.weight[[end, other]] *= 3
-    weights = StagedWeights(trainer.policy, ["cpu"])
+    weights = StagedWeights(trainer.layout, ["cpu"])
 
     async def check() -> None:
         engines = settings(folder, tmp_path, 64, count=2, cores=frozenset(os.sched_getaffinity(0)))

@@ -161,8 +161,8 @@ def test_a_sync_that_went_wrong_stops_the_run(embedded, tmp_path, nothing_left, 
     """From the fourth copy on, one weight of the staged ones is spoiled."""
     out, copies = tmp_path / "run", []
 
-    def spoil(weights, version, write=StagedWeights.write):
-        write(weights, version)
+    def spoil(weights, *arguments, write=StagedWeights.write):
+        write(weights, *arguments)
         copies.append(1)
         if len(copies) >= 4:
             next(weight for name, weight in weights.views.items() if "down_proj" in name).view(-1)[7] += 5.0

@@ -566,7 +566,7 @@ def test_a_resumed_trainer_makes_the_updates_that_an_unbroken_one_makes(make_mod
 def test_staged_weights_are_the_policy_and_so_is_what_it_gives_the_probe(make_model, tokenizer):
     folder, probe = make_model("llama", True), np.arange(20, 30, dtype=np.int32)
     trainer = make(folder, temperature=0.7)
-    weights = StagedWeights(trainer.policy, ["cpu"])
+    weights = StagedWeights(trainer.layout, ["cpu"])
     staged = trainer.stage(weights, probe, step=3)
     weights.wait()
     update(trainer, make_groups(len(tokenizer)))  # changes neither

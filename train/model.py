@@ -1,9 +1,8 @@
 """Models of the trainer: how they are loaded, and log-probabilities of the tokens that they read."""
 
 import contextlib
-import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -30,6 +29,11 @@ def load_model(model: str | Path | PreTrainedConfig, dtype: torch.dtype, device:
 def dense_attention(model: PreTrainedModel) -> str:
     """What computes a model's attention where that is not flex attention: torch's own, which cannot soft-cap scores."""
     return "eager" if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
+
+
+def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """(name, weight) of a model's weights as in a checkpoint; tied weights come under each of their names."""
+    return model.named_parameters(remove_duplicate=False)
 
 
 def cast_linears(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -69,9 +73,9 @@ class _Given(nn.Module):
 def head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """From hidden states [N, H] to logits [N, V] as the model's own forward has them: Cohere and Granite scale what its
     last layer gives, Gemma 2 soft-caps it."""
-    alone = copy.copy(model)
-    alone._modules = model._modules | {model.base_model_prefix: _Given()}
-    return lambda hidden_NH: alone(inputs_embeds=hidden_NH[None], use_cache=False).logits[0]
+    alone = object.__new__(type(model))  # a shallow copy
+    alone.__dict__ = model.__dict__ | {"_modules": model._modules | {model.base_model_prefix: _Given()}}
+    return lambda hidden_NH: alone.forward(inputs_embeds=hidden_NH[None], use_cache=False).logits[0]
 
 
 def token_logprobs(

@@ -20,10 +20,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from buffer import Group, Response
 from config import Config, RunError
 from loss import Batch
-from train.model import cast_linears, decoder_layers, dense_attention, load_model, token_logprobs
+from train.model import cast_linears, decoder_layers, dense_attention, load_model, named_weights, token_logprobs
 from train.optimizer import forget_half_made_state, make_optimizer, take_step, weights_dtype
 from train.packing import Packed, micro_batches, pack, packed_length, sharing_is_faster
-from train.transfer import HostCopy, to_device
+from train.transfer import HostCopy, Pending, to_device
 
 if TYPE_CHECKING:
     from search.weights import StagedWeights
@@ -56,12 +56,13 @@ class Trainer:
         self.config, self.device, self.objective = config, torch.device(device), config.objective
         self.micro_batch_tokens = config.micro_batch_tokens  # halved where memory runs out
         on_gpu = self.device.type == "cuda"
-        dtype, compute = weights_dtype(config.optimizer), torch.bfloat16 if on_gpu else torch.float32
+        self.compute = torch.bfloat16 if on_gpu else torch.float32
+        torch._functorch.config.activation_memory_budget = config.activation_memory_budget
         reset = checkpoint and (checkpoint / "reference").is_dir()
         try:
-            self.policy = self.reference = load_model(checkpoint or model, dtype, self.device)
+            self.policy = self.reference = self.load(checkpoint or model)
             if config.has_reference:
-                self.reference = load_model(checkpoint / "reference" if reset else model, dtype, self.device)
+                self.reference = self.load(checkpoint / "reference" if reset else model, frozen=True)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -74,17 +75,8 @@ class Trainer:
         self.end_tokens = torch.tensor(sorted(ends), dtype=torch.long, device=self.device)
         self.ref_version = 0  # resets so far
         self.attention = self.policy.config._attn_implementation  # of rows that share prompts
-        if config.has_reference:
-            self.reference.requires_grad_(False)
-            if dtype == torch.float32:
-                cast_linears(self.reference, compute)
-        if on_gpu:
-            torch._functorch.config.activation_memory_budget = config.activation_memory_budget
-            for each in {self.policy, self.reference}:  # which may be one
-                for layer in decoder_layers(each):
-                    layer.compile()
         self.parameters = sum(weight.numel() for weight in self.policy.parameters())
-        self.autocast = torch.autocast("cuda", compute) if on_gpu else contextlib.nullcontext()
+        self.autocast = torch.autocast("cuda", self.compute) if on_gpu else contextlib.nullcontext()
         self.optimizer = make_optimizer(config.optimizer, list(self.policy.parameters()))
         self.stepping = False  # the weights are being changed: they are not to be saved
         self.reference_stream = torch.cuda.Stream(self.device) if on_gpu else None
@@ -92,8 +84,37 @@ class Trainer:
         if checkpoint:
             saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
             self.ref_version = saved["ref_version"]
-            self.optimizer.load_state_dict(saved["optimizer"])
+            self.load_optimizer(saved["optimizer"])
         self._order_reference()
+
+    def load(self, model: str | Path | PreTrainedConfig, frozen: bool = False) -> PreTrainedModel:
+        """The policy; or, frozen, its reference."""
+        loaded = load_model(model, weights_dtype(self.config.optimizer), self.device)
+        if frozen:
+            loaded.requires_grad_(False)
+            if loaded.dtype == torch.float32:
+                cast_linears(loaded, self.compute)
+        if self.device.type == "cuda":
+            for layer in decoder_layers(loaded):
+                layer.compile()
+        return loaded
+
+    def load_optimizer(self, state: dict) -> None:
+        """Go on with what `optimizer_state` gave."""
+        self.optimizer.load_state_dict(state)
+
+    @property
+    def layout(self) -> list[tuple[str, list[int]]]:
+        """(name, shape) of each of the policy's weights."""
+        return [(name, list(weight.shape)) for name, weight in named_weights(self.policy)]
+
+    def weights(self, of: str = "policy") -> dict[str, Tensor]:
+        """The weights of the policy or the reference, whole."""
+        return dict(named_weights(getattr(self, of)))
+
+    def optimizer_state(self) -> dict:
+        """The optimiser's state, whole."""
+        return self.optimizer.state_dict()
 
     def logprobs(
         self, model: PreTrainedModel, batch: Packed, temperature: float, min_tokens: int = 0
@@ -153,7 +174,7 @@ class Trainer:
         if self.reference_stream:
             self.reference_stream.wait_stream(torch.cuda.current_stream(self.device))
 
-    def update(self, groups: list[Group], *, lr: float, beta: float, gamma: float = 1.0) -> "Pending":
+    def update(self, groups: list[Group], *, lr: float, beta: float, gamma: float = 1.0) -> Pending:
         """Take one optimiser step on B groups of K responses; the reference's log-probabilities count by 1/gamma.
 
         No step is taken where the loss or the gradient is not finite. Where memory runs out, micro-batches are halved
@@ -189,7 +210,7 @@ class Trainer:
             self.micro_batch_tokens //= 2
             log.info("out of memory in an update: trying again with --micro-batch-tokens %d", self.micro_batch_tokens)
 
-    def _update(self, groups: list[Group], lr: float, beta: float, gamma: float) -> "Pending":
+    def _update(self, groups: list[Group], lr: float, beta: float, gamma: float) -> Pending:
         config = self.config
         if config.has_reference:
             self.score_reference(groups)
@@ -262,29 +283,8 @@ class Trainer:
     def stage(self, weights: "StagedWeights", probe: np.ndarray, step: int) -> HostCopy:
         """Copy the policy's weights to where the engines load them from; returns what it gives the probe."""
         self.staged = weights
-        weights.write(step)
+        weights.write(step, named_weights(self.policy))
         return self.probe(probe)
-
-
-class Pending:
-    """The figures of an update: on CUDA they arrive when it is done.
-
-    Args:
-        known: figures that the host has.
-        figures: figures that the device will have.
-    """
-
-    def __init__(self, known: dict[str, float], figures: dict[str, Tensor]):
-        self.known, self.names, self.copy = known, list(figures), HostCopy(torch.stack(list(figures.values())))
-
-    @property
-    def ready(self) -> bool:
-        """Whether the update is done."""
-        return self.copy.ready
-
-    def result(self) -> dict[str, float]:
-        """The figures by name; waits for them."""
-        return dict(zip(self.names, self.copy.numpy().tolist(), strict=True)) | self.known
 
 
 def out_of_memory(error: RuntimeError) -> bool:

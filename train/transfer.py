@@ -31,3 +31,24 @@ class HostCopy:
         if self.arrival:
             self.arrival.synchronize()
         return self.tensor.numpy()
+
+
+class Pending:
+    """The figures of an update: on CUDA they arrive when it is done.
+
+    Args:
+        known: figures that the host has.
+        figures: figures that the device will have.
+    """
+
+    def __init__(self, known: dict[str, float], figures: dict[str, Tensor]):
+        self.known, self.names, self.copy = known, list(figures), HostCopy(torch.stack(list(figures.values())))
+
+    @property
+    def ready(self) -> bool:
+        """Whether the update is done."""
+        return self.copy.ready
+
+    def result(self) -> dict[str, float]:
+        """The figures by name; waits for them."""
+        return dict(zip(self.names, self.copy.numpy().tolist(), strict=True)) | self.known
