@@ -120,8 +120,8 @@ class Config:
     """Tokens in a forward pass: lower it when the trainer runs out of memory."""
     activation_memory_budget: Annotated[float, Ge(0), Le(1), MAY_CHANGE] = 1.0
     """Share of a layer's activations that is stored for its backward pass; the rest is recomputed (CUDA)."""
-    train_device: Annotated[str, MAY_CHANGE] = "auto"
-    """Where the policy is trained: auto, cpu, cuda:0, ..."""
+    train_devices: Annotated[tuple[str, ...], MAY_CHANGE] = ("auto",)
+    """Where the policy is trained: auto, cpu, cuda:0, ...; several hold a shard of it each (FSDP2)."""
     search_devices: Annotated[tuple[str, ...], MAY_CHANGE] = ("auto",)
     """Where engines run, one a device: auto, cpu, cuda:1, ..."""
     gpu_memory_utilization: Annotated[float, Ge(0), Le(1), MAY_CHANGE] = 0.0

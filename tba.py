@@ -269,16 +269,15 @@ class TBA:
 async def started(setup: Setup) -> AsyncIterator[TBA]:
     """The parts of a run, started one after the other; they end in the reverse order, whatever happens."""
     from search.weights import StagedWeights
-    from train.trainer import Trainer
 
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(cpu_affinity(setup.loop_cores))
         for opened in (setup.lock, setup.metrics, setup.checkpoints):
             stack.enter_context(opened)
         thread = stack.enter_context(ThreadPoolExecutor(1, "train", pin_thread, (setup.train_cores,)))
-        with timed(f"loading the policy on {setup.train_device}"):  # first: an engine on its GPU takes what is left
-            arguments = setup.model, setup.config, setup.train_device, setup.tokenizer.eos_token_id, setup.resume
-            trainer = await asyncio.get_running_loop().run_in_executor(thread, Trainer, *arguments)
+        with timed(f"loading the policy on {', '.join(setup.train_devices)}"):  # first: engines take what is left
+            load = stack.enter_context(setup.trainer())
+            trainer = await asyncio.get_running_loop().run_in_executor(thread, load)
         with timed(f"starting vLLM on {', '.join(setup.search_devices)}"):
             weights = StagedWeights(trainer.layout, setup.search_devices, trainer.policy.dtype, trainer.device)
             searcher = await stack.enter_async_context(Searcher(setup.engines, weights, **setup.sampling))

@@ -53,7 +53,7 @@ async def main(arguments: list[str] | None = None) -> None:
     wanted, settings = commands.parse_known_args(arguments)
     async with contextlib.AsyncExitStack() as runs:
         run = await runs.enter_async_context(session(*settings))
-        shared = run.setup.train_device != "cpu"  # a GPU is not divided by cores
+        shared = run.setup.train_devices != ["cpu"]  # a GPU is not divided by cores
         other = run if shared else await runs.enter_async_context(session(*settings, every_core=True))
         repeats = [await repeat(run, other, wanted.updates) for _ in range(wanted.repeats)]
     table(repeats, wanted.json)

@@ -168,7 +168,7 @@ async def beside(repeats: int, updates: int, settings: list[str]) -> list[dict[s
         here, there = context.Pipe()
         # Not a task's own kind of settings: the process may not find its file.
         config = Config(**{field.name: getattr(run.config, field.name) for field in dataclasses.fields(Config)})
-        arguments = there, run.setup.model, config, run.setup.train_device, run.setup.train_cores
+        arguments = there, run.setup.model, config, run.setup.train_devices[0], run.setup.train_cores
         child = context.Process(target=alone, args=arguments, daemon=True)
         child.start()
         there.close()

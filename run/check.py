@@ -82,8 +82,7 @@ def check(config: Config) -> None:
             refuse(name, allowed)
         if OneOf in marks and value not in marks[OneOf]:
             refuse(name, f"one of {', '.join(marks[OneOf])}")
-    for name, known in (("loss", OBJECTIVES), ("evict", EVICTION), ("replay", REPLAY)):
-        register(name, getattr(config, name), known)
+    register_own(config)
     if config.search_responses < config.responses_per_prompt:
         refuse("search_responses", f"at least responses_per_prompt, {config.responses_per_prompt}")
     annealed = config.beta_schedule != "constant"
@@ -116,13 +115,21 @@ def check(config: Config) -> None:
     for name in ("beta", "beta_final") if annealed else ("beta",):
         if config.objective.needs_beta and not getattr(config, name):
             refuse(name, f"above 0 with loss {config.loss}")
-    for name, devices in (("train_device", [config.train_device]), ("search_devices", config.search_devices or [""])):
-        for device in devices:
+    for name in ("train_devices", "search_devices"):
+        devices = getattr(config, name)
+        for device in devices or [""]:
             kind, _, index = device.partition(":")
             if not (device in ("auto", "cpu") or (kind == "cuda" and index.isdecimal())):
                 refuse(name, "auto, cpu, or cuda with a number, as in cuda:1")
-    if len(set(config.search_devices)) < len(config.search_devices) and "cpu" not in config.search_devices:
-        refuse("search_devices", "devices that differ")
+        if len(set(devices)) < len(devices) and "cpu" not in devices:
+            refuse(name, "devices that differ")
+    ranks = len(config.train_devices)
+    if len({device.partition(":")[0] for device in config.train_devices}) > 1:
+        refuse("train_devices", "of one kind")
+    if config.prompts_per_step < ranks:
+        refuse("prompts_per_step", f"at least {ranks}, one for each of train_devices")
+    if config.optimizer == "adamw_8bit" and ranks > 1:
+        refuse("optimizer", "adamw or adamw_bf16 with several train_devices: blocks of 8 bits cannot be sharded")
     if not config.model:
         refuse("model", "a Hugging Face folder or hub id")
     if config.optimizer != "adamw" and not importlib.util.find_spec("torchao"):
@@ -138,6 +145,12 @@ def check(config: Config) -> None:
         never_began = metrics.is_file() and not metrics.stat().st_size
         if not out.is_dir() or ({path.name for path in out.iterdir()} - {"lock"} and not never_began):
             refuse("out", "a new or empty folder (or go on with that run: --resume)")
+
+
+def register_own(config: Config) -> None:
+    """Import what settings give as FILE.py:NAME."""
+    for name, known in (("loss", OBJECTIVES), ("evict", EVICTION), ("replay", REPLAY)):
+        register(name, getattr(config, name), known)
 
 
 def register(field: str, value: str, known: dict[str, Any]) -> None:

@@ -10,8 +10,8 @@ from multiprocessing import forkserver
 from search.engine import PRELOAD, context
 
 
-def devices(train: str, search: Sequence[str]) -> tuple[str, list[str]]:
-    """The device that trains and those that search: of several GPUs "auto" is the first to train, the others to search.
+def devices(train: Sequence[str], search: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The devices that train and those that search: of several GPUs "auto" is the first to train, the others to search.
 
     Raises:
         ValueError: a device that is not there.
@@ -19,16 +19,17 @@ def devices(train: str, search: Sequence[str]) -> tuple[str, list[str]]:
     import torch
 
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if train == "auto":
-        train = (gpus or ["cpu"])[0]
+    if list(train) == ["auto"]:
+        train = [gpu for gpu in gpus if gpu not in search][:1] or gpus[:1] or ["cpu"]
     if list(search) == ["auto"]:
-        search = [gpu for gpu in gpus if gpu != train] or gpus or ["cpu"]
-    for name, device in [("train_device", train), *(("search_devices", device) for device in search)]:
-        if device != "cpu" and device not in gpus:
-            raise ValueError(f"{name} is {device!r}: this machine has {', '.join(['cpu', *gpus])}")
+        search = [gpu for gpu in gpus if gpu not in train] or gpus or ["cpu"]
+    for name, some in (("train_devices", train), ("search_devices", search)):
+        for device in some:
+            if device != "cpu" and device not in gpus:
+                raise ValueError(f"{name} has {device!r}: this machine has {', '.join(['cpu', *gpus])}")
     if gpus and "cpu" in search:
         raise ValueError("search_devices is 'cpu': with GPUs vLLM is installed for them and searches nowhere else")
-    return train, list(search)
+    return list(train), list(search)
 
 
 def cores() -> tuple[frozenset[int], frozenset[int]]:

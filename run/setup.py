@@ -2,14 +2,16 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
 import os
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,7 +20,7 @@ from buffer import EVICTION, NEAR_DUPLICATES, REPLAY, Buffer, Response
 from config import Config
 from rewards.judges import load_config_and_tokenizer
 from run import checkpoint
-from run.check import is_run_folder
+from run.check import is_run_folder, register_own
 from run.checkpoint import Checkpoints
 from run.console import printable, timed
 from run.devices import cores, devices, start_fork_server
@@ -26,6 +28,9 @@ from run.metrics import Metrics
 from run.prompts import Prompt, PromptSampler, demonstrations, tokenize
 from run.snapshot import read_buffer
 from search.engine import MAX_NUM_SEQS, EngineSettings
+
+if TYPE_CHECKING:
+    from train.trainer import Trainer
 
 PROBE_TOKENS = 64  # on which engines and trainer are compared after each sync
 
@@ -59,7 +64,7 @@ class Setup:
     demonstrations: dict[int, list[Response]]  # by prompt id
     probe: np.ndarray  # tokens, on which engines and trainer are compared
     model: str  # a Hugging Face folder or hub id
-    train_device: str
+    train_devices: list[str]
     search_devices: list[str]
     train_cores: frozenset[int]
     search_cores: frozenset[int]
@@ -83,10 +88,27 @@ class Setup:
         """How engines sample responses."""
         return {name: getattr(self.config, name) for name in ("temperature", "max_tokens", "min_tokens")}
 
+    @contextlib.contextmanager
+    def trainer(self) -> Iterator[Callable[[], "Trainer"]]:
+        """What loads the trainer, in whichever thread, with the other ranks beside it where several devices train."""
+        plain = Config(**{name.name: getattr(self.config, name.name) for name in dataclasses.fields(Config)})
+        model = dict(model=self.model, end_token=self.tokenizer.eos_token_id, checkpoint=self.resume)
+        if len(self.train_devices) == 1:
+            from train.trainer import Trainer
+
+            yield functools.partial(Trainer, config=plain, device=self.train_devices[0], **model)
+            return
+        from train.ranks import Ranks
+        from train.sharded import ShardedTrainer
+
+        make, own = functools.partial(ShardedTrainer, config=plain, **model), functools.partial(register_own, plain)
+        with Ranks(make, self.train_devices, own, self.train_cores, self.out / "engine.log") as ranks:
+            yield ranks.trainer
+
     def show(self) -> None:
         """Print the settings and the first prompt."""
         print(json.dumps(dataclasses.asdict(self.config), indent=2))
-        print(f"\ntraining on {self.train_device}, searching on {', '.join(self.search_devices)}")
+        print(f"\ntraining on {', '.join(self.train_devices)}, searching on {', '.join(self.search_devices)}")
         print(f"{len(self.prompts)} training problems, {len(self.test_prompts)} test problems in an evaluation")
         first = self.prompts[0]
         text = self.tokenizer.decode(first.tokens, clean_up_tokenization_spaces=False)
@@ -124,7 +146,7 @@ def prepare(config: Config) -> Setup:
         logging.getLogger(chatty).setLevel(logging.ERROR)
     shown_only = config.dry_run or config.plan
     with contextlib.nullcontext() if shown_only else timed("importing PyTorch and transformers"):
-        train_device, search_devices = devices(config.train_device, config.search_devices)
+        train_devices, search_devices = devices(config.train_devices, config.search_devices)
         if not shown_only:
             start_fork_server(preload="cpu" in search_devices)
         from transformers.utils.logging import disable_progress_bar
@@ -132,7 +154,7 @@ def prepare(config: Config) -> Setup:
         from train import trainer  # noqa: F401
 
     disable_progress_bar()
-    if train_device == "cpu" and config.activation_memory_budget != 1:
+    if "cpu" in train_devices and config.activation_memory_budget != 1:
         budget = config.activation_memory_budget
         raise ValueError(f"activation_memory_budget is {budget}: it must be 1 on the CPU, where nothing is compiled")
     out = Path(config.out or f"runs/{Path(config.task).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -157,7 +179,7 @@ def prepare(config: Config) -> Setup:
         config, out, task, tokenizer, prompts, test_prompts, shown,
         probe=np.resize(longest_prompt, min(PROBE_TOKENS, max_model_len - 1)),  # repeated where it is shorter
         model=model,
-        train_device=train_device,
+        train_devices=train_devices,
         search_devices=search_devices,
         train_cores=train_cores,
         search_cores=search_cores,
@@ -172,9 +194,14 @@ def prepare(config: Config) -> Setup:
     if config.resume and is_run_folder(config.out):
         setup.lock = checkpoint.lock(out)
         load_checkpoint(setup)
+    if (*config.train_devices, *config.search_devices) == ("auto", "auto") and len(search_devices) > 1:
+        from tools.plan import Plan
+
+        Plan(setup).choose_devices()
+        train_devices, search_devices = setup.train_devices, setup.search_devices
     count = len(search_devices)
     for i, device in enumerate(search_devices):
-        share = config.gpu_memory_utilization or (0.4 if device == train_device else 0.9)
+        share = config.gpu_memory_utilization or (0.4 if device in train_devices else 0.9)
         largest = MAX_NUM_SEQS[device.split(":")[0]]
         setup.engines.append(
             EngineSettings(
@@ -248,7 +275,7 @@ def check_policy(config: Any) -> None:
         raise ValueError("its weights are quantized")
     text, nowhere = config.get_text_config(), torch.device("meta")
     with nowhere:
-        policy = load_model(config, torch.float32, nowhere)
+        policy = load_model(config, torch.float32, "cpu")
         tokens, visible = torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 1, 4, 4, dtype=torch.bool)
     if any(part in name for name, _ in policy.named_parameters() for part in ("experts", "router")):
         raise ValueError("it is a mixture of experts: only dense models can be trained")

@@ -44,8 +44,10 @@ BAD = [
     ("replay", "newest"),
     ("loss", "ppo"),
     ("optimizer", "sgd"),
-    ("train_device", "gpu"),
-    ("train_device", "cuda"),
+    ("train_devices", "gpu"),
+    ("train_devices", "cuda"),
+    ("train_devices", "cuda:0 cuda:0"),
+    ("train_devices", "cpu cuda:0"),
     ("search_devices", "cuda:x"),
     ("model", ""),
 ]  # fmt: skip
@@ -341,7 +343,7 @@ def test_the_command_exits_with_2_and_one_line(tmp_path):
     ("arguments", "complaint"),
     [
         (["--task", "gsm8k", "--model", "no/such", "--data", "nowhere"], "tba: model is 'no/such'"),
-        (["--train-device", "cuda:63"], "tba: train_device is 'cuda:63'"),
+        (["--train-devices", "cuda:63"], "tba: train_devices has 'cuda:63'"),
         (["--model", "tests"], "tba: model is 'tests'"),
     ],
 )
@@ -407,18 +409,19 @@ def test_an_objective_that_does_not_divide_by_beta_may_do_without():
 
 def test_of_several_gpus_the_first_trains_and_the_others_search(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    assert devices("auto", ["auto"]) == ("cuda:0", ["cuda:1", "cuda:2", "cuda:3"])
-    assert devices("cuda:2", ["auto"]) == ("cuda:2", ["cuda:0", "cuda:1", "cuda:3"])
-    assert devices("cuda:0", ["cuda:0", "cuda:1"]) == ("cuda:0", ["cuda:0", "cuda:1"])
-    with pytest.raises(ValueError, match="search_devices is 'cuda:4'"):
-        devices("auto", ["cuda:4"])
+    assert devices(["auto"], ["auto"]) == (["cuda:0"], ["cuda:1", "cuda:2", "cuda:3"])
+    assert devices(["cuda:2", "cuda:0"], ["auto"]) == (["cuda:2", "cuda:0"], ["cuda:1", "cuda:3"])
+    assert devices(["auto"], ["cuda:0", "cuda:1"]) == (["cuda:2"], ["cuda:0", "cuda:1"])
+    assert devices(["cuda:0"], ["cuda:0", "cuda:1"]) == (["cuda:0"], ["cuda:0", "cuda:1"])
+    with pytest.raises(ValueError, match="search_devices has 'cuda:4'"):
+        devices(["auto"], ["cuda:4"])
     with pytest.raises(ValueError, match="search_devices is 'cpu'"):
-        devices("auto", ["cpu"])
+        devices(["auto"], ["cpu"])
 
 
 def test_one_gpu_does_both_and_none_leaves_the_cpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    assert devices("auto", ["auto"]) == ("cuda:0", ["cuda:0"])
+    assert devices(["auto"], ["auto"]) == (["cuda:0"], ["cuda:0"])
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert devices("auto", ["auto"]) == ("cpu", ["cpu"])
-    assert devices("auto", ["cpu", "cpu"]) == ("cpu", ["cpu", "cpu"])
+    assert devices(["auto"], ["auto"]) == (["cpu"], ["cpu"])
+    assert devices(["auto"], ["cpu", "cpu"]) == (["cpu"], ["cpu", "cpu"])

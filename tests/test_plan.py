@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from config import Config
 from run.cli import parse
 from run.setup import prepare
-from tests.runs import forked, forkserver
+from tests.runs import PROJECT, forked, forkserver
 from tools import plan
-from tools.plan import GIB, Needs, Plan, estimate, full_passes
+from tools.plan import GIB, Needs, Plan, estimate, full_passes, of_trainer, split
 from train.trainer import Trainer
 
 SHAPES = {  # architecture, its sizes, the run's settings, the longest prompt
@@ -182,7 +182,7 @@ def test_a_config_and_a_tokenizer_are_enough_and_nothing_is_written(shown, weigh
     monkeypatch.chdir(tmp_path)
     printed = shown("--max-tokens", 64)
     assert re.search(r"^\d{2,3},\d{3} parameters \(llama\)", printed) and printed.endswith("\nIt fits.\n")
-    assert "--train-device cpu --search-devices cpu" in printed and "at most" not in printed
+    assert "--train-devices cpu --search-devices cpu" in printed and "at most" not in printed
     takes = held(printed)
     assert takes["policy, fp32"] == takes["gradients, fp32"] and takes["engine: the process"] == 1024
     assert {path.name for path in tmp_path.iterdir()} == {"weightless"}
@@ -208,11 +208,64 @@ def trainer_of_8_gib(monkeypatch):
 
 def test_several_gpus(shown, trainer_of_8_gib):
     printed = shown("--max-tokens", 512, "--max-num-seqs", 9, gpus=4, each=12.0)
-    assert "--train-device cuda:0 --search-devices cuda:1 cuda:2 cuda:3" in printed and printed.endswith("It fits.\n")
+    assert "--train-devices cuda:0 --search-devices cuda:1 cuda:2 cuda:3" in printed and printed.endswith("It fits.\n")
     assert re.search(r"\n +10\.50 GiB  in all, of 12\.00 GiB\ncuda:1,2,3 +0\.50 GiB  engine: weights, bf16\n", printed)
     tokens = int(7.3 * GIB) // 2**15
     assert f" 7.30 GiB  engine: keys and values of {tokens:,} tokens, 9 of the longest" in printed
     assert " 4.00 GiB  activations of a pass of 16,384 tokens, at most\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("gpus", "each", "arguments", "trains"),
+    [
+        (4, 10.6, [], 1),
+        (4, 10.4, [], 2),  # a shard of 2 takes 8.5 GiB, of 3 7.8
+        (4, 8.0, [], 3),
+        (8, 80.0, ["--search-ahead", 1], 4),  # search would wait for fewer
+        (8, 80.0, ["--search-ahead", 3], 2),
+        (8, 80.0, ["--search-ahead", 1, "--prompts-per-step", 3], 3),
+        (4, 8.0, ["--optimizer", "adamw_8bit"], 1),  # cannot be sharded
+        (4, 8.0, ["--train-devices", "cuda:0"], 1),
+    ],
+)
+def test_as_few_gpus_train_as_the_trainer_fits_and_as_search_need_not_wait_for(
+    shown, trainer_of_8_gib, gpus, each, arguments, trains
+):
+    printed = shown("--max-tokens", 512, *arguments, gpus=gpus, each=each)
+    names = [f"cuda:{i}" for i in range(gpus)]
+    train, search = " ".join(names[:trains]), " ".join(names[trains:])
+    assert f"the split: --train-devices {train} --search-devices {search}\n" in printed
+    shard = f", a shard of {trains}" if trains > 1 else ""
+    assert f"{shown_gib(1 / trains)}  policy, fp32{shard}\n" in printed or "adamw_8bit" in arguments
+
+
+LLAMAS = {
+    "1.1B": dict(
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4
+    ),
+    "7B": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
+}
+
+
+@pytest.mark.long
+def test_the_table_of_several_gpus_is_what_is_planned():
+    text = (PROJECT / "docs" / "settings.md").read_text()
+    lines = text[text.index("| Llama | GPUs of |") :].split("\n\n")[0].splitlines()
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert len(rows) == 3
+    for model, each, *cells in rows:
+        name, *flags = model.replace(", `", " ").rstrip("`").split()
+        config = parse(["--task", "gsm8k", "--model", "any", *flags])
+        needs = estimate(AutoConfig.for_model("llama", vocab_size=32000, **LLAMAS[name]), config, 492, cuda=True)
+        room = int(each.split()[0]) * GIB
+        for gpus, cell in zip(map(int, header[2:]), cells, strict=True):
+            train = split(needs, config, gpus, room)
+            taken = sum(of_trainer(needs, config, True, train).values()) + 2 * needs.staged
+            assert cell == (f"{train} + {gpus - train}" if taken <= room else "too small"), (model, gpus)
+
+
+def shown_gib(count: float) -> str:
+    return plan.shown(count * GIB)
 
 
 def test_a_device_that_lacks_memory_has_a_line_that_says_what_helps(shown, trainer_of_8_gib):
@@ -257,7 +310,7 @@ def test_what_cannot_be_planned_is_said_in_a_line(main, gsm8k, weightless):
     data = ["--task", "gsm8k", "--data", gsm8k, "--plan", "--model"]
     assert "it must be a Hugging Face folder" in main(*data, weightless / "nowhere").err
     AutoConfig.for_model("bloom", hidden_size=64, n_layer=1, n_head=2).save_pretrained(weightless)
-    for done in (main(*data, weightless), main(*data, weightless, "--train-device", "cuda:7")):
+    for done in (main(*data, weightless), main(*data, weightless, "--train-devices", "cuda:7")):
         assert done.code == 2 and done.err.count("\n") == 1 and done.err.startswith("tba: ")
     done = main(*data, weightless)
     assert "it cannot be trained here (BloomForCausalLM does not support" in done.err

@@ -4,8 +4,8 @@ What training takes is counted, not modelled: the trainer makes an update on fak
 contents, and `Live` counts their bytes. For the CPU, tests compare it with updates that are measured. For CUDA it is an
 upper bound, because fake CPU tensors in bf16 stand in for CUDA's. It overestimates what layers keep for the backward
 pass: they are compiled on CUDA, and not here (a Llama of 1.1B parameters took 36 GiB on an H100, and 47 GiB where its
-layers were not compiled: 49 GiB are planned), and --activation-memory-budget has no effect; the keys and values of
-grouped queries, repeated for each head; and the mask of rows that share a prompt, which is dense.
+layers were not compiled: 49 GiB are planned); the keys and values of grouped queries, repeated for each head; and the
+mask of rows that share a prompt, which is dense. Where several devices train, each has its shard of what is sharded.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from rewards.judges import Judge, load_config_and_tokenizer
 from run.setup import Setup
 from search.engine import EngineSettings
 from tasks import Task
-from train.model import cast_linears
+from train.model import cast_linears, decoder_layers
 from train.optimizer import make_optimizer, weights_dtype
 from train.packing import packed_length
 from train.trainer import Trainer
@@ -41,6 +41,9 @@ EIGHT_BITS = 1 + 4 / 256  # bytes of a moment: one, and its share of an fp32 sca
 PROCESS = GIB  # Python with torch and vLLM; measured: 0.7 GiB where the trainer is, 1.05 GiB where an engine is
 CUDA_TRAINER = 2 * GIB  # a guess: context, kernels, what the allocator cannot use
 CUDA_ENGINE = 3 * GIB  # a guess: context, kernels, captured graphs, activations
+
+
+log = logging.getLogger("tba")
 
 
 class Live(TorchDispatchMode):
@@ -97,6 +100,8 @@ class Needs:
     peak: int  # of an update, all these included
     staged: int  # number of weights in an engine, tied ones twice
     cached: int  # number of keys and values of a token
+    layers: int = 1  # number
+    gathered: int = 0  # number of weights that a rank has whole at a time: three layers', and those beside the layers
 
     @property
     def activations(self) -> int:  # the peak beyond what stays
@@ -140,6 +145,7 @@ def estimate(model: PreTrainedConfig, config: Config, prompt: int, cuda: bool, e
         states = trainer.optimizer.state.values()
         moments = sum(state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq"))
         saved = int(moments * (1 - EIGHT_BITS / 2)) if config.optimizer == "adamw_8bit" else 0
+        layers_of, size = decoder_layers(policy), lambda layer: sum(weight.numel() for weight in layer.parameters())
         row = torch.zeros(1, 8, dtype=torch.long)
         with torch.no_grad(), trainer.autocast:
             layers = reference.base_model(input_ids=row, use_cache=True).past_key_values.layers
@@ -152,6 +158,8 @@ def estimate(model: PreTrainedConfig, config: Config, prompt: int, cuda: bool, e
             moments=moments - saved,
             peak=peak - saved,
             staged=sum(weight.numel() for _, weight in policy.named_parameters(remove_duplicate=False)),
+            layers=len(layers_of),
+            gathered=trainer.parameters - sum(map(size, layers_of)) + 3 * max(map(size, layers_of)),
             cached=sum(layer.keys.numel() + layer.values.numel() for layer in layers) // row.numel(),
         )
 
@@ -174,6 +182,33 @@ def full_passes(config: Config, prompt: int, share: bool) -> tuple[list[Group], 
     return groups, fit, largest
 
 
+def of_trainer(needs: Needs, config: Config, cuda: bool, ranks: int) -> dict[str, float]:
+    """What the trainer takes of each of so many devices, in bytes, by what it is."""
+    kind = {4: "fp32", 2: "bf16"}[weights_dtype(config.optimizer).itemsize]
+    shard = f", a shard of {ranks}" * (ranks > 1)
+    rows = {f"policy, {kind}{shard}": needs.policy / ranks}
+    if config.has_reference:
+        frozen_kind = "its linear layers in bf16" if cuda and kind == "fp32" else kind
+        rows[f"reference, {frozen_kind}{shard}"] = needs.reference / ranks
+    rows[f"AdamW's moments, {'8 bits' if config.optimizer == 'adamw_8bit' else kind}{shard}"] = needs.moments / ranks
+    rows[f"gradients, {kind}{shard}"] = needs.policy / ranks
+    if ranks > 1:
+        rows["layers whose weights are gathered"] = (2 if cuda else 4) * needs.gathered
+    stored = min(1, config.activation_memory_budget + 2 / needs.layers)  # the rest is recomputed, a layer at a time
+    rows[f"activations of a pass of {needs.tokens:,} tokens{', at most' * cuda}"] = stored * needs.activations
+    return rows | ({"CUDA's own (a guess)": CUDA_TRAINER} if cuda else {})
+
+
+def split(needs: Needs, config: Config, gpus: int, each: float) -> int:
+    """How many of several GPUs, of so many bytes each, train: as few as the trainer fits, then more for as long as the
+    engines on the others would wait for them, who generate as many tokens/s as a GPU trains on (on an H100 34,300 and
+    34,200 with a Llama of 1.1B; both go with the model's size)."""
+    most = 1 if config.optimizer == "adamw_8bit" else min(gpus - 1, config.prompts_per_step)
+    takes = [sum(of_trainer(needs, config, True, ranks).values()) + 2 * needs.staged for ranks in range(1, most + 1)]
+    fewest = next((ranks for ranks, count in enumerate(takes, 1) if count <= each), most)
+    return next((n for n in range(fewest, most) if gpus - n <= config.search_ahead * n), most)
+
+
 def memory(device: str) -> int:
     """Bytes: all that a GPU has, or what the host has available."""
     gpu = device != "cpu"
@@ -192,7 +227,7 @@ class Plan:
         self.setup, self.config = setup, setup.config
         self.model, _ = load_config_and_tokenizer(setup.model, "model")
         self.prompt = max(len(prompt.tokens) for prompt in setup.prompts)
-        self.cuda = setup.train_device != "cpu"
+        self.cuda = setup.train_devices[0] != "cpu"
         logging.disable()  # torch complains at length of what it cannot do with fake tensors
         try:
             self.needs = estimate(self.model, self.config, self.prompt, self.cuda, setup.tokenizer.eos_token_id)
@@ -210,6 +245,14 @@ class Plan:
         count = engine.gpu_memory_utilization * memory(engine.device) - 2 * self.needs.staged - CUDA_ENGINE
         return max(0.0, count), max(0, int(count)) // (2 * self.needs.cached)
 
+    def choose_devices(self) -> None:
+        """Let as many GPUs train as `split` says, and the others search."""
+        gpus, setup = self.setup.train_devices + self.setup.search_devices, self.setup
+        count = split(self.needs, self.config, len(gpus), min(map(memory, gpus)))
+        setup.train_devices, setup.search_devices = gpus[:count], gpus[count:]
+        taken = sum(of_trainer(self.needs, self.config, True, count).values())
+        log.info(f"{count} of {len(gpus)} GPUs train, the others search: at most {shown(taken)} is taken of each")
+
     @property
     def buffer(self) -> float:
         """Bytes of the buffer when it is full."""
@@ -219,20 +262,13 @@ class Plan:
 
     def rows(self) -> Iterator[tuple[str, str, float]]:
         """(device, what takes its memory, bytes); "cpu" is the host."""
-        setup, config, needs, train = self.setup, self.config, self.needs, self.setup.train_device
-        kind = {4: "fp32", 2: "bf16"}[weights_dtype(config.optimizer).itemsize]
+        setup, needs, ranks = self.setup, self.needs, self.setup.train_devices
         engine_kind, width = ("fp32", 4) if "cpu" in setup.search_devices else ("bf16", 2)
-        yield train, f"policy, {kind}", needs.policy
-        if config.has_reference:
-            frozen_kind = "its linear layers in bf16" if self.cuda and kind == "fp32" else kind
-            yield train, f"reference, {frozen_kind}", needs.reference
-        yield train, f"AdamW's moments, {'8 bits' if config.optimizer == 'adamw_8bit' else kind}", needs.moments
-        yield train, f"gradients, {kind}", needs.policy
-        yield train, f"activations of a pass of {needs.tokens:,} tokens{', at most' * self.cuda}", needs.activations
+        for device in ranks:
+            for what, count in of_trainer(needs, self.config, self.cuda, len(ranks)).items():
+                yield device, what, count
         weights = width * needs.staged
-        yield train if self.cuda and width == 2 else "cpu", f"weights for the engines, {engine_kind}", weights
-        if self.cuda:
-            yield train, "CUDA's own (a guess)", CUDA_TRAINER
+        yield ranks[0] if self.cuda and width == 2 else "cpu", f"weights for the engines, {engine_kind}", weights
         for engine in setup.engines:
             device, (count, tokens) = engine.device, self.cache(engine)
             fit = f"{min(tokens // engine.max_model_len, engine.slots):,} of the longest responses at a time"
@@ -253,10 +289,11 @@ class Plan:
         responses = f"{config.responses_per_prompt} responses of up to {config.max_tokens:,} tokens"
         prompts = f"{config.prompts_per_step} prompts of up to {self.prompt:,}"
         print(f"an update has {responses} to each of {prompts}: up to {needs.group:,} a prompt")
-        print(f"the split: --train-device {setup.train_device} --search-devices {' '.join(setup.search_devices)}")
+        train, search = " ".join(setup.train_devices), " ".join(setup.search_devices)
+        print(f"the split: --train-devices {train} --search-devices {search}")
         print(f"\n{'device':<18} {'memory':>10}  what")
         alike: dict[tuple, list[str]] = {}  # devices that hold the same are shown once
-        for device in dict.fromkeys([setup.train_device, *setup.search_devices, "cpu"]):
+        for device in dict.fromkeys([*setup.train_devices, *setup.search_devices, "cpu"]):
             held = tuple((what, count) for where, what, count in self.rows() if where == device)
             alike.setdefault((held, memory(device)), []).append(device)
         problems: list[str] = []
@@ -272,7 +309,7 @@ class Plan:
 
     def problems(self, device: str, lack: float) -> Iterator[str]:
         """What is wrong on a device that lacks so many bytes, and what helps."""
-        needs, trains = self.needs, device == self.setup.train_device
+        needs, trains = self.needs, device in self.setup.train_devices
         engines = [engine for engine in self.setup.engines if engine.device == device]
         if any(self.cache(engine)[1] < engine.max_model_len for engine in engines):
             more = "a higher --gpu-memory-utilization, " * (device != "cpu")

@@ -14,16 +14,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 CHUNK = 2**26  # logits at a time, 256 MiB of fp32: [tokens, vocabulary] of a whole micro-batch is never built
 
 
-def load_model(model: str | Path | PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A model in evaluation mode, with flex attention on CUDA where its architecture has it, else with torch's own."""
+def load_model(model: str | Path | PreTrainedConfig, dtype: torch.dtype, kind: str) -> PreTrainedModel:
+    """A model in evaluation mode, on the host: with flex attention for a device of the kind "cuda" where its
+    architecture has it, else with torch's own."""
     from_config = isinstance(model, PreTrainedConfig)
     load = AutoModelForCausalLM.from_config if from_config else AutoModelForCausalLM.from_pretrained
-    if device.type == "cuda":
+    if kind == "cuda":
         with contextlib.suppress(ValueError):  # GPT-2, for one, does not have it
-            return load(model, dtype=dtype, attn_implementation="flex_attention").to(device).eval()
+            return load(model, dtype=dtype, attn_implementation="flex_attention").eval()
     loaded = load(model, dtype=dtype, attn_implementation="sdpa").eval()  # no dropout: a response has one probability
     loaded.set_attn_implementation(dense_attention(loaded))
-    return loaded if loaded.device == device else loaded.to(device)  # fake tensors (tools/plan.py) refuse even that
+    return loaded
 
 
 def dense_attention(model: PreTrainedModel) -> str:

@@ -47,3 +47,8 @@ def forget_half_made_state(optimizer: Optimizer) -> None:
     """Drop the state of weights whose first step came to nothing, for lack of memory."""
     for weight in [weight for weight, state in optimizer.state.items() if len(state) < 3]:
         del optimizer.state[weight]
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory ran out, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)

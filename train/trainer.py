@@ -21,7 +21,7 @@ from buffer import Group, Response
 from config import Config, RunError
 from loss import Batch
 from train.model import cast_linears, decoder_layers, dense_attention, load_model, named_weights, token_logprobs
-from train.optimizer import forget_half_made_state, make_optimizer, take_step, weights_dtype
+from train.optimizer import forget_half_made_state, make_optimizer, out_of_memory, take_step, weights_dtype
 from train.packing import Packed, micro_batches, pack, packed_length, sharing_is_faster
 from train.transfer import HostCopy, Pending, to_device
 
@@ -68,7 +68,7 @@ class Trainer:
                 raise
             raise RunError(
                 f"out of memory on {device} while loading policy and reference: choose a smaller --model, another "
-                "--train-device, or lower --gpu-memory-utilization where an engine shares it"
+                "--train-devices, or lower --gpu-memory-utilization where an engine shares it"
             ) from None
         own = self.policy.generation_config.eos_token_id
         ends = {end_token, *(own if isinstance(own, list) else [own])} - {None}
@@ -89,7 +89,9 @@ class Trainer:
 
     def load(self, model: str | Path | PreTrainedConfig, frozen: bool = False) -> PreTrainedModel:
         """The policy; or, frozen, its reference."""
-        loaded = load_model(model, weights_dtype(self.config.optimizer), self.device)
+        loaded = load_model(model, weights_dtype(self.config.optimizer), self.device.type)
+        if loaded.device != self.device:  # fake tensors (tools/plan.py) refuse to stay where they are
+            loaded = loaded.to(self.device)
         if frozen:
             loaded.requires_grad_(False)
             if loaded.dtype == torch.float32:
@@ -150,11 +152,7 @@ class Trainer:
     def score_reference(self, groups: list[Group]) -> None:
         """Set `ref_logprobs` of the responses that have none of this reference: each is computed once, when it is first
         trained on, and again after a reset. On CUDA beside the update before."""
-
-        def lacks(response: Response) -> bool:
-            return response.ref_logprobs is None or response.ref_version != self.ref_version
-
-        new = [Group(g.prompt_id, g.prompt, [r for r in g.responses if lacks(r)]) for g in groups]
+        new = [Group(g.prompt_id, g.prompt, [r for r in g.responses if not self.scored(r)]) for g in groups]
         with torch.cuda.stream(self.reference_stream):
             for _, batch in self.micro_batches([group for group in new if group.responses]):
                 logprobs_N, _ = self.logprobs(self.reference, batch, self.config.temperature, self.config.min_tokens)
@@ -162,6 +160,10 @@ class Trainer:
                 each = np.split(logprobs_N.cpu().numpy(), ends[:-1])
                 for response, logprobs in zip(batch.responses, each, strict=True):
                     response.ref_logprobs, response.ref_version = logprobs, self.ref_version
+
+    def scored(self, response: Response) -> bool:
+        """Whether a response has the log-probabilities of this reference."""
+        return response.ref_logprobs is not None and response.ref_version == self.ref_version
 
     def reset_reference(self) -> None:
         """Make the policy as it is now the reference."""
@@ -216,29 +218,40 @@ class Trainer:
             self.score_reference(groups)
         names = {name for group in groups for response in group.responses for name in response.per_token or ()}
         totals: dict[str, Tensor] = {}
-        num_entropies = num_tokens = 0
         for some, packed in self.micro_batches(groups):
             share = len(some) / len(groups)
             logprobs_N, entropy_N = self.logprobs(self.policy, packed, config.temperature, config.min_tokens)
+            if not some:  # another rank's groups: it needs this one's part of the layers
+                (0 * logprobs_N.sum()).backward()
+                continue
             batch = self._batch(some, packed, logprobs_N, names)
             loss, metrics = self._loss(replace(batch, ref_BKT=batch.ref_BKT / gamma), beta)
             (loss * share).backward()
             means = metrics | {"loss": loss}
             if config.has_reference:
                 means["kl"] = (batch.logprobs_BKT - batch.ref_BKT).sum(-1).mean()
-            sums = {name: value * share for name, value in means.items()} | {"entropy": entropy_N.sum()}
-            totals |= {name: totals.get(name, 0) + value.detach() for name, value in sums.items()}
-            num_entropies += len(entropy_N)
-            num_tokens += packed.num_tokens
-        grad_norm = nn.utils.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm)
+            counts = {"response_tokens": len(entropy_N), "tokens": packed.num_tokens}
+            sums = {name: value.detach() * share for name, value in means.items()} | {"entropy": entropy_N.sum()}
+            sums |= {name: entropy_N.new_full((), count) for name, count in counts.items()}
+            totals |= {name: totals.get(name, 0) + value for name, value in sums.items()}
+        totals = self.total(totals)
+        grad_norm = self.clip()
         if self.staged:
             self.staged.wait_before_update()
         self.stepping = True
         take_step(self.optimizer, lr, totals["loss"].isfinite() & grad_norm.isfinite())
         self.stepping = False
         self.optimizer.zero_grad()
-        figures = totals | {"entropy": totals["entropy"] / num_entropies, "grad_norm": grad_norm}
-        return Pending({"tokens": num_tokens}, figures)
+        entropy = totals["entropy"] / totals.pop("response_tokens")
+        return Pending(totals | {"entropy": entropy, "grad_norm": grad_norm})
+
+    def total(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over the micro-batches of all ranks."""
+        return sums
+
+    def clip(self) -> Tensor:
+        """Scale the gradient down to --max-grad-norm; returns its norm before that."""
+        return nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
 
     def _loss(self, batch: Batch, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective's loss, and its metrics where it returns any."""
@@ -285,8 +298,3 @@ class Trainer:
         self.staged = weights
         weights.write(step, named_weights(self.policy))
         return self.probe(probe)
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory ran out, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)

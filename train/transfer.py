@@ -37,12 +37,11 @@ class Pending:
     """The figures of an update: on CUDA they arrive when it is done.
 
     Args:
-        known: figures that the host has.
         figures: figures that the device will have.
     """
 
-    def __init__(self, known: dict[str, float], figures: dict[str, Tensor]):
-        self.known, self.names, self.copy = known, list(figures), HostCopy(torch.stack(list(figures.values())))
+    def __init__(self, figures: dict[str, Tensor]):
+        self.names, self.copy = list(figures), HostCopy(torch.stack(list(figures.values())))
 
     @property
     def ready(self) -> bool:
@@ -51,4 +50,4 @@ class Pending:
 
     def result(self) -> dict[str, float]:
         """The figures by name; waits for them."""
-        return dict(zip(self.names, self.copy.numpy().tolist(), strict=True)) | self.known
+        return dict(zip(self.names, self.copy.numpy().tolist(), strict=True))

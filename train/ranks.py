@@ -1,0 +1,157 @@
+"""The processes of the ranks where several devices train. Rank 0 is the trainer's thread, each other rank a process
+that makes its calls (sharded.py)."""
+
+import contextlib
+import functools
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from config import RunError
+
+if TYPE_CHECKING:
+    from train.sharded import ShardedTrainer
+
+context = get_context("forkserver")
+
+
+class Ranks:
+    """The processes of all ranks but the first, as a context manager.
+
+    Args:
+        make: makes a rank's trainer, from its rank, all devices, and the file by which the ranks find each other.
+        devices: of all ranks.
+        before: is called in each process first.
+        cores: CPU cores that the ranks divide among them.
+        log: file for what they print.
+    """
+
+    def __init__(
+        self, make: Callable, devices: Sequence[str], before: Callable[[], None], cores: frozenset[int], log: Path
+    ):
+        self.make, self.devices, self.before, self.log = make, devices, before, log
+        each = max(1, len(cores) // len(devices))
+        self.cores = [frozenset(sorted(cores)[i * each :][:each] or cores) for i in range(len(devices))]
+        self.reason = ""  # why a rank is gone
+        self.gone = threading.Event()
+
+    def __enter__(self) -> "Ranks":
+        """Start them."""
+        self.folder = tempfile.TemporaryDirectory()
+        self.pipes: list[Any] = []
+        self.processes = []
+        for rank in range(1, len(self.devices)):
+            pipe, theirs = context.Pipe()
+            arguments = theirs, self.log, self.before, self.cores[rank], self.maker(rank)
+            process = context.Process(target=_serve, args=arguments, name=f"rank {rank}", daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(pipe)
+            self.processes.append(process)
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        """End them, at once."""
+        self.gone.set()
+        for process in self.processes:
+            process.kill()
+            process.join()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self.folder.cleanup()
+
+    def maker(self, rank: int) -> Callable:
+        """What makes a rank's trainer."""
+        return functools.partial(self.make, rank=rank, devices=self.devices, store=f"{self.folder.name}/store")
+
+    def trainer(self) -> "ShardedTrainer":
+        """The trainer of rank 0, when all ranks are there."""
+        _pin(self.cores[0])
+        try:
+            return self.maker(0)(ranks=self)
+        except RuntimeError:
+            self.check(seconds=5)
+            raise
+
+    def send(self, *call) -> None:
+        """Let every rank make a call."""
+        self.check(0)
+        for pipe in self.pipes:
+            with contextlib.suppress(OSError):  # it is gone, which `_watch` says
+                pipe.send(call)
+
+    def check(self, seconds: float) -> None:
+        """A RunError where a rank is gone, or is found to be within so many seconds."""
+        if self.gone.wait(seconds):
+            raise RunError(f"a trainer is gone: {self.reason}; what it printed is in {self.log}")
+
+    def _watch(self) -> None:
+        first = self.pipes.index(connection.wait(self.pipes)[0])
+        device = self.devices[1 + first]
+        try:
+            said = self.pipes[first].recv()
+        except (EOFError, OSError):
+            said = "its process ended"
+        if not self.gone.is_set():
+            self.reason = f"{said} ({device})"
+            self.gone.set()
+            if device != "cpu" and dist.is_initialized():
+                dist.group.WORLD.abort()  # on the CPU the others' calls fail by themselves
+
+
+def _serve(pipe, log: Path, before: Callable[[], None], cores: frozenset[int], make: Callable) -> None:
+    """Make the calls of rank 0 until it ends."""
+    threading.Thread(target=_end_with_program, daemon=True).start()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(file, 1), os.dup2(file, 2)
+    _pin(cores)
+    try:
+        before()
+        trainer = make()
+        while True:
+            name, positional, named = pipe.recv()
+            getattr(trainer, name)(*positional, **named)
+    except EOFError:
+        return
+    except BaseException as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+        raise
+
+
+def _end_with_program() -> None:
+    parent_process().join()
+    os._exit(1)
+
+
+def _pin(cores: frozenset[int]) -> None:
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(cores))
+
+
+def on_every_rank(method: Callable) -> Callable:
+    """A call of rank 0 that the others make too."""
+
+    @functools.wraps(method)
+    def call(self, *arguments, **settings):
+        if self.rank:
+            return method(self, *arguments, **settings)
+        self.ranks.send(method.__name__, arguments, settings)
+        try:
+            return method(self, *arguments, **settings)
+        except RuntimeError as error:
+            if not isinstance(error, RunError):
+                self.ranks.check(seconds=5)
+            raise
+
+    return call
