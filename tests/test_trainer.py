@@ -1,6 +1,7 @@
 """Packed log-probabilities are those of plain rows, and an update is the same however it is cut."""
 
 import dataclasses
+import itertools
 import json
 import logging
 import resource
@@ -10,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_mask
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from transformers import AutoModelForCausalLM
 
 import train.model
-import train.packing
 from buffer import Group, Response
 from config import Config, OneOf, RunError
 from loss import OBJECTIVES, tb
@@ -44,14 +44,16 @@ def weights_of(trainer: Trainer) -> torch.Tensor:
     return torch.cat([weight.detach().flatten() for weight in trainer.policy.parameters()])
 
 
-def make_groups(vocabulary: int, groups: int = 3, k: int = 4, seed: int = 0) -> list[Group]:
+def make_groups(
+    vocabulary: int, groups: int = 3, k: int = 4, seed: int = 0, prompt=(3, 9), response=(1, 8)
+) -> list[Group]:
     rng = np.random.default_rng(seed)
 
     def tokens(low: int, high: int) -> np.ndarray:
         return rng.integers(0, vocabulary, rng.integers(low, high)).astype(np.int32)
 
     return [
-        Group(i, tokens(3, 9), [Response(tokens(1, 8), True, reward=float(rng.random())) for _ in range(k)])
+        Group(i, tokens(*prompt), [Response(tokens(*response), True, reward=float(rng.random())) for _ in range(k)])
         for i in range(groups)
     ]
 
@@ -89,17 +91,34 @@ def test_packed_is_plain(make_model, tokenizer, architecture, tie, temperature, 
     np.testing.assert_allclose(references, expected, atol=2e-3, rtol=1e-5)
 
 
-def test_one_row_for_all_groups_is_the_same(make_model, tokenizer, monkeypatch):
+def test_one_row_for_all_groups_is_the_same(make_model, tokenizer):
     """The layout that CUDA uses, under a dense mask of the same rule."""
     trainer = make(make_model("llama", False))
     groups = make_groups(len(tokenizer))
-    monkeypatch.setattr(train.packing, "create_block_mask", create_mask)
+    one_row = pack(groups, trainer.device, flex=True)
+    assert one_row.tokens.shape == (1, 128)
+    one_row.mask = create_mask(one_row.mask.mask_mod, 1, 1, 128, 128, "cpu")
     with torch.no_grad():
         expected = response_logprobs(trainer, pack(groups, trainer.device))
-        one_row = pack(groups, trainer.device, flex=True)
         found = response_logprobs(trainer, one_row)
-    assert one_row.tokens.shape == (1, 128)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_blocks_of_the_block_mask_are_those_of_every_pair_of_tokens():
+    """Its tables for the forward and for the backward pass, with full, partial and empty blocks, and with padding."""
+    rng, full, empty = np.random.default_rng(0), 0, 0
+    shapes = [((1, 9), (1, 300)), ((100, 400), (1, 60)), ((1, 600), (100, 500)), ((128, 129), (128, 129))]
+    for seed, (prompt, response) in enumerate(shapes * 6):
+        groups = make_groups(50, *rng.integers(1, 5, 2), seed=seed, prompt=prompt, response=response)
+        found = pack(groups, torch.device("cpu"), flex=True).mask
+        T = found.shape[-1]
+        expected = create_block_mask(found.mask_mod, 1, None, T, T, "cpu")
+        assert (found.shape, found.BLOCK_SIZE) == (expected.shape, expected.BLOCK_SIZE)
+        for way, what in itertools.product(("", "full_"), ("kv_num_blocks", "kv_indices", "q_num_blocks", "q_indices")):
+            torch.testing.assert_close(getattr(found, way + what), getattr(expected, way + what), atol=0, rtol=0)
+        full += int(found.full_kv_num_blocks.sum())
+        empty += T // 128 * (T // 128 + 1) // 2 - int((found.kv_num_blocks + found.full_kv_num_blocks).sum())
+    assert full and empty
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="flex attention on the CPU compiles with g++")

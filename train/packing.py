@@ -17,10 +17,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 
 from buffer import Group, Response
 from train.transfer import to_device
+
+BLOCK = 128  # tokens: flex attention skips, or computes, so many queries by so many keys at a time
 
 
 @dataclass(slots=True)
@@ -78,7 +80,7 @@ def pack(groups: list[Group], device: torch.device, flex: bool = False, share: b
     source = np.where(in_part > 0, np.arange(num_tokens) - 1, (unit_start + prompt_length)[unit][part] - 1)[generated]
 
     if flex and share:  # all in one row, of whole blocks of flex attention
-        shape, at = (1, -(-num_tokens // 128) * 128), np.arange(num_tokens)
+        shape, at = (1, -(-num_tokens // BLOCK) * BLOCK), np.arange(num_tokens)
     else:
         whole = np.diff(unit_start, append=num_tokens)
         longest = int(whole.max())
@@ -104,11 +106,34 @@ def pack(groups: list[Group], device: torch.device, flex: bool = False, share: b
     )
     visible, (R, T) = mask_mod(segments, group_id), shape
     if flex:
-        mask = create_block_mask(visible, R, None, T, T, device)
+        prompt_of = np.flatnonzero(is_prompt)[unit]
+        mask = block_mask(visible, rows(part, len(parts))[0], rows(prompt_of[part], len(parts))[0], device)
     else:  # by broadcasting, which takes a fraction of flex attention's create_mask
         row, column = torch.arange(R, device=device)[:, None, None], torch.arange(T, device=device)
         mask = visible(row, None, column[:, None], column)[:, None]
     return Packed(tokens, positions, mask, source, target, response_index, in_response, responses, num_tokens)
+
+
+def block_mask(visible: Callable, part_T: np.ndarray, prompt_T: np.ndarray, device: torch.device) -> BlockMask:
+    """The mask `visible` of one row, by counting: `create_block_mask` would build T x T truth values. A token is of a
+    part, a prompt or a response, and attends to the part that is its prompt too; parts are in ascending order."""
+    blocks, parts = len(part_T) // BLOCK, part_T[-1] + 1
+
+    def tokens(of_T: np.ndarray, counted_T: np.ndarray | None = None) -> np.ndarray:  # by block and part
+        at = np.arange(len(of_T)) // BLOCK * parts + of_T
+        return np.bincount(at, counted_T, blocks * parts).reshape(blocks, parts).astype(np.float32)
+
+    keys = tokens(part_T)
+    pairs = (keys + tokens(prompt_T, prompt_T != part_T)) @ keys.T  # that attend, by block: up to 128^2, so exact
+    earlier = np.tri(blocks, k=-1, dtype=bool)  # the keys' block is before the queries'; on the diagonal it is partial
+    full = earlier & (pairs == BLOCK**2)
+    partial = earlier & (pairs > 0) & ~full | np.eye(blocks, dtype=bool)
+    tables = [
+        to_device(table.astype(np.int32)[None, None], device)
+        for blocks_NN in (partial, full)
+        for table in (blocks_NN.sum(1), np.argsort(~blocks_NN, axis=1, kind="stable"))
+    ]
+    return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=BLOCK, mask_mod=visible)
 
 
 def packed_length(group: Group, share: bool) -> int:
