@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import train.model
@@ -143,6 +144,28 @@ def hidden_states(folder, attention: str, batch: Packed) -> torch.Tensor:
             input_ids=batch.tokens, position_ids=batch.positions, attention_mask=mask, use_cache=False
         ).last_hidden_state
     return hidden.flatten(0, 1)[batch.source]
+
+
+class NothingIsRead(TorchDispatchMode):
+    """No number is read from a tensor: the host would wait until the GPU has done all that it was given."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert operation is not torch.ops.aten._local_scalar_dense.default
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+def test_an_update_and_the_probe_are_enqueued_without_waiting(make_model, tokenizer, architecture, share, monkeypatch):
+    """transformers looks for packed sequences, and in GPT-2 for padding, in rows without a mask."""
+    trainer, groups = make(make_model(architecture)), make_groups(len(tokenizer))
+    monkeypatch.setattr(trainer, "shares_prompts", lambda groups: share)
+    with NothingIsRead():
+        trainer.update(groups, lr=1e-3, beta=0.1)
+        trainer.probe(np.arange(20, 30, dtype=np.int32))
+        pack(groups, trainer.device, flex=True)
+        with pytest.raises(AssertionError):  # or nothing is shown
+            bool(trainer.policy(torch.arange(9)[None]).logits[0, 0, 0])
 
 
 def test_mask_by_hand():

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 CHUNK = 2**26  # logits at a time, 256 MiB of fp32: [tokens, vocabulary] of a whole micro-batch is never built
@@ -28,8 +29,15 @@ def load_model(model: str | Path | PreTrainedConfig, dtype: torch.dtype, device:
 
 
 def dense_attention(model: PreTrainedModel) -> str:
-    """What computes a model's attention where that is not flex attention: torch's own, which cannot soft-cap scores."""
-    return "eager" if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
+    """What computes a model's attention where that is not flex attention: torch's own, which cannot soft-cap scores.
+
+    "sdpa" by another name, for which transformers makes no mask: rows without one are causal as they are. It would look
+    for packed sequences in them, and the host wait for all that the GPU has to do.
+    """
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        return "eager"
+    AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
+    return "sdpa_without_mask" if model._can_set_attn_implementation() else "sdpa"  # Falcon's own cannot be named
 
 
 def cast_linears(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -103,8 +103,12 @@ class Trainer:
         attention, mask = self.attention if batch.mask is not None else dense_attention(model), batch.mask
         if model.config._attn_implementation != attention:
             model.set_attn_implementation(attention)
-        if attention == "eager" and mask is not None:  # which adds it to the scores
+        if attention == "eager":  # which adds it to the scores
+            T = batch.tokens.shape[1]
+            mask = torch.ones(1, 1, T, T, dtype=torch.bool, device=self.device).tril() if mask is None else mask
             mask = torch.where(torch.as_tensor(mask), 0.0, torch.finfo(model.dtype).min)
+        elif mask is None:  # some models look for padding where there is none
+            mask = torch.ones_like(batch.tokens)
         with self.autocast:
             hidden = model.base_model(
                 input_ids=batch.tokens, position_ids=batch.positions, attention_mask=mask, use_cache=False
@@ -256,7 +260,8 @@ class Trainer:
     @torch.no_grad()
     def probe(self, tokens: np.ndarray) -> HostCopy:
         """Log-probability of each token of a sequence but the first [T-1] under the policy, at temperature 1."""
-        batch = pack([Group(0, tokens[:1], [Response(tokens[1:], finished=True)])], self.device, share=False)
+        group = Group(0, tokens[:1], [Response(tokens[1:], finished=True)])
+        batch = pack([group], self.device, flex=self.attention == "flex_attention")
         return HostCopy(self.logprobs(self.policy, batch, temperature=1.0)[0])
 
     def stage(self, weights: "StagedWeights", probe: np.ndarray, step: int) -> HostCopy:
