@@ -8,6 +8,8 @@
 The latter two are torchao's.
 """
 
+import re
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -47,3 +49,9 @@ def forget_half_made_state(optimizer: Optimizer) -> None:
     """Drop the state of weights whose first step came to nothing, for lack of memory."""
     for weight in [weight for weight, state in optimizer.state.items() if len(state) < 3]:
         del optimizer.state[weight]
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory ran out: the text is the driver's, cuBLAS's or cuDNN's, which torch's compiler hands on in errors
+    of its own. (A Triton kernel that is "out of resource" lacks shared memory.)"""
+    return bool(re.search("out of memory|can't allocate memory|_ALLOC(ATION)?_FAILED", str(error)))

@@ -21,7 +21,7 @@ from buffer import Group, Response
 from config import Config, RunError
 from loss import Batch
 from train.model import cast_linears, decoder_layers, dense_attention, load_model, token_logprobs
-from train.optimizer import forget_half_made_state, make_optimizer, take_step, weights_dtype
+from train.optimizer import forget_half_made_state, make_optimizer, out_of_memory, take_step, weights_dtype
 from train.packing import Packed, micro_batches, pack, packed_length, sharing_is_faster
 from train.transfer import HostCopy, to_device
 
@@ -290,8 +290,3 @@ class Pending:
     def result(self) -> dict[str, float]:
         """The figures by name; waits for them."""
         return dict(zip(self.names, self.copy.numpy().tolist(), strict=True)) | self.known
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory ran out, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
