@@ -127,8 +127,11 @@ class Judge:
 
         from train.model import dense_attention
 
-        dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-        self.model = getattr(transformers, self.auto_class).from_pretrained(self.name, dtype=dtype).to(device).eval()
+        on_gpu = device.startswith("cuda")
+        self.stream = torch.cuda.Stream(device) if on_gpu else None  # else it would wait for the trainer's updates
+        load, dtype = getattr(transformers, self.auto_class).from_pretrained, (torch.float32, torch.bfloat16)[on_gpu]
+        with torch.cuda.stream(self.stream):
+            self.model = load(self.name, dtype=dtype).to(device).eval()
         if dense_attention(self.model) == "eager":  # Gemma 2, of which guards and reward models are made
             self.model.set_attn_implementation("eager")
 
@@ -137,7 +140,7 @@ class Judge:
 
         ids = [each if len(each) else [self.tokenizer.eos_token_id or 0] for each in self.encode(texts)]
         values: list[np.ndarray] = [None] * len(texts)
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.cuda.stream(self.stream):
             for batch in itertools.takewhile(lambda _: not self.ending, _batches(ids)):
                 # A classifier reads the last token that is not padding. Where that is padded with the end-of-sequence
                 # token it would not see the end of a text: so pad with what none of these texts has.

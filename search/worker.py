@@ -25,6 +25,7 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from buffer import Response
@@ -55,7 +56,9 @@ def serve(pipe, settings: "EngineSettings") -> None:
     sender = threading.Thread(target=lambda: [pipe.send(message) for message in iter(outbox.get, None)])
     sender.start()
     try:
-        worker = Worker(pipe, outbox.put, LLMEngine.from_engine_args(engine_args(settings)), settings.slots)
+        # As LLM, it has up to 16,384 tokens in a step, by the GPU's name and memory; an engine by itself has 2,048.
+        engine = LLMEngine.from_engine_args(engine_args(settings), UsageContext.LLM_CLASS)
+        worker = Worker(pipe, outbox.put, engine, settings.slots)
         outbox.put((0, None, None))
         worker.loop()
     except BaseException as error:

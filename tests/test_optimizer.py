@@ -5,11 +5,13 @@ import io
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.exc import InductorError
 from torch.optim import Optimizer
 
 from config import Config, OneOf
 from run.check import limits
-from train.optimizer import forget_half_made_state, make_optimizer, take_step, weights_dtype
+from train.optimizer import forget_half_made_state, make_optimizer, out_of_memory, take_step, weights_dtype
 
 every_optimizer = pytest.mark.parametrize("name", limits(Config)["optimizer"][OneOf])
 
@@ -100,3 +102,27 @@ def test_of_half_made_state_nothing_is_left(name):
     weight.data.fill_(1)
     step(weight, optimizer, seed=0)
     torch.testing.assert_close(weight.detach(), first, atol=0, rtol=0)
+
+
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.6 GiB")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (FULL, True),
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), True),
+        (InductorError(FULL, None), True),
+        (BackendCompilerFailed(lambda: None, FULL, None), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (RuntimeError("No valid triton configs. OutOfResources: out of resource: shared memory"), False),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"), False),
+    ],
+)
+def test_memory_that_ran_out_is_told_from_other_errors(error, expected):
+    """An update catches RuntimeErrors, as all of these are."""
+    assert isinstance(error, RuntimeError) and out_of_memory(error) == expected

@@ -118,7 +118,7 @@ def test_a_rank_that_dies_ends_the_run_which_goes_on_from_its_checkpoint(embedde
     killing = threading.Thread(target=kill, daemon=True)
     killing.start()
     done = main(*settings, "--train-devices", "cpu", "cpu", "--steps", 5000)
-    assert killed and done.code == 1 and "Traceback" not in done.err
+    assert killed and done.code == 1 and "Traceback" not in done.err, done.err
     assert (
         "tba: a trainer is gone: its process ended (cpu)" in done.err
         and f"go on with: python tba.py --resume {out}" in done.out

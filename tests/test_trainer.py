@@ -1,27 +1,31 @@
 """Packed log-probabilities are those of plain rows, and an update is the same however it is cut."""
 
 import dataclasses
+import functools
+import itertools
 import json
 import logging
 import resource
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_mask
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import train.model
-import train.packing
 from buffer import Group, Response
 from config import Config, OneOf, RunError
 from loss import OBJECTIVES, tb
 from run.check import limits
 from run.snapshot import trainer_writer
 from search.weights import StagedWeights
-from train.model import cast_linears
+from train.model import cast_linears, compile_layers
 from train.packing import Packed, pack, packed_length, sharing_is_faster
 from train.trainer import Trainer
 
@@ -44,14 +48,16 @@ def weights_of(trainer: Trainer) -> torch.Tensor:
     return torch.cat([weight.detach().flatten() for weight in trainer.policy.parameters()])
 
 
-def make_groups(vocabulary: int, groups: int = 3, k: int = 4, seed: int = 0) -> list[Group]:
+def make_groups(
+    vocabulary: int, groups: int = 3, k: int = 4, seed: int = 0, prompt=(3, 9), response=(1, 8)
+) -> list[Group]:
     rng = np.random.default_rng(seed)
 
     def tokens(low: int, high: int) -> np.ndarray:
         return rng.integers(0, vocabulary, rng.integers(low, high)).astype(np.int32)
 
     return [
-        Group(i, tokens(3, 9), [Response(tokens(1, 8), True, reward=float(rng.random())) for _ in range(k)])
+        Group(i, tokens(*prompt), [Response(tokens(*response), True, reward=float(rng.random())) for _ in range(k)])
         for i in range(groups)
     ]
 
@@ -89,17 +95,34 @@ def test_packed_is_plain(make_model, tokenizer, architecture, tie, temperature, 
     np.testing.assert_allclose(references, expected, atol=2e-3, rtol=1e-5)
 
 
-def test_one_row_for_all_groups_is_the_same(make_model, tokenizer, monkeypatch):
+def test_one_row_for_all_groups_is_the_same(make_model, tokenizer):
     """The layout that CUDA uses, under a dense mask of the same rule."""
     trainer = make(make_model("llama", False))
     groups = make_groups(len(tokenizer))
-    monkeypatch.setattr(train.packing, "create_block_mask", create_mask)
+    one_row = pack(groups, trainer.device, flex=True)
+    assert one_row.tokens.shape == (1, 128)
+    one_row.mask = create_mask(one_row.mask.mask_mod, 1, 1, 128, 128, "cpu")
     with torch.no_grad():
         expected = response_logprobs(trainer, pack(groups, trainer.device))
-        one_row = pack(groups, trainer.device, flex=True)
         found = response_logprobs(trainer, one_row)
-    assert one_row.tokens.shape == (1, 128)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_blocks_of_the_block_mask_are_those_of_every_pair_of_tokens():
+    """Its tables for the forward and for the backward pass, with full, partial and empty blocks, and with padding."""
+    rng, full, empty = np.random.default_rng(0), 0, 0
+    shapes = [((1, 9), (1, 300)), ((100, 400), (1, 60)), ((1, 600), (100, 500)), ((128, 129), (128, 129))]
+    for seed, (prompt, response) in enumerate(shapes * 6):
+        groups = make_groups(50, *rng.integers(1, 5, 2), seed=seed, prompt=prompt, response=response)
+        found = pack(groups, torch.device("cpu"), flex=True).mask
+        T = found.shape[-1]
+        expected = create_block_mask(found.mask_mod, 1, None, T, T, "cpu")
+        assert (found.shape, found.BLOCK_SIZE) == (expected.shape, expected.BLOCK_SIZE)
+        for way, what in itertools.product(("", "full_"), ("kv_num_blocks", "kv_indices", "q_num_blocks", "q_indices")):
+            torch.testing.assert_close(getattr(found, way + what), getattr(expected, way + what), atol=0, rtol=0)
+        full += int(found.full_kv_num_blocks.sum())
+        empty += T // 128 * (T // 128 + 1) // 2 - int((found.kv_num_blocks + found.full_kv_num_blocks).sum())
+    assert full and empty
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="flex attention on the CPU compiles with g++")
@@ -124,6 +147,59 @@ def hidden_states(folder, attention: str, batch: Packed) -> torch.Tensor:
             input_ids=batch.tokens, position_ids=batch.positions, attention_mask=mask, use_cache=False
         ).last_hidden_state
     return hidden.flatten(0, 1)[batch.source]
+
+
+def test_layers_are_compiled_for_all_that_a_trainer_computes(make_model, monkeypatch):
+    """What is compiled for CUDA, traced on the CPU: many a graph, of which none is refused, and none is made twice."""
+    graphs = []
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)  # "no backward on CPU"
+    compiled = functools.partialmethod(torch.nn.Module.compile, backend=lambda graph, _: graphs.append(graph) or graph)
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled)
+
+    def trained(limit: int | None = None) -> list[int]:
+        torch._dynamo.reset()  # forgets all graphs
+        trainer = make(make_model("llama", num_hidden_layers=1))
+        trainer.attention = "flex_attention"
+        for model in (trainer.policy, trainer.reference):
+            compile_layers(model, activation_memory_budget=1.0)
+        torch._dynamo.config.recompile_limit = limit or torch._dynamo.config.recompile_limit
+        counts = []
+        for _ in range(2):
+            trainer.probe(np.arange(20, 30, dtype=np.int32))
+            for share, groups, k in [(True, 3, 4), (True, 1, 1), (False, 2, 4), (False, 1, 1), (False, 1, 4)]:
+                trainer.shares_prompts = lambda groups, share=share: share
+                trainer.update(make_groups(50, groups, k, response=(20, 99)), lr=1e-3, beta=0.1)
+            counts.append(len(graphs))
+        return counts
+
+    with ThreadPoolExecutor(1) as thread:
+        first, second = thread.submit(trained).result()
+        assert 4 < first == second < 32
+        with pytest.raises(FailOnRecompileLimitHit):
+            thread.submit(trained, limit=2).result()
+    assert torch._dynamo.config.recompile_limit == 8  # in another thread nothing has changed
+
+
+class NothingIsRead(TorchDispatchMode):
+    """No number is read from a tensor: the host would wait until the GPU has done all that it was given."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert operation is not torch.ops.aten._local_scalar_dense.default
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+def test_an_update_and_the_probe_are_enqueued_without_waiting(make_model, tokenizer, architecture, share, monkeypatch):
+    """transformers looks for packed sequences, and in GPT-2 for padding, in rows without a mask."""
+    trainer, groups = make(make_model(architecture)), make_groups(len(tokenizer))
+    monkeypatch.setattr(trainer, "shares_prompts", lambda groups: share)
+    with NothingIsRead():
+        trainer.update(groups, lr=1e-3, beta=0.1)
+        trainer.probe(np.arange(20, 30, dtype=np.int32))
+        pack(groups, trainer.device, flex=True)
+        with pytest.raises(AssertionError):  # or nothing is shown
+            bool(trainer.policy(torch.arange(9)[None]).logits[0, 0, 0])
 
 
 def test_mask_by_hand():
@@ -348,6 +424,36 @@ def test_a_reference_with_cast_linears_computes_the_same_under_autocast(make_mod
         assert torch.equal(policy(tokens).logits, reference(tokens).logits)
         everything = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
         assert not torch.equal(policy(tokens).logits, everything(tokens).logits)  # or nothing is shown
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of weights of that shape."""
+
+    def __init__(self, shape: tuple[int, int]):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += operation is torch.ops.aten._to_copy.default and args[0].shape == self.shape
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_the_head_is_cast_once_for_all_chunks_and_their_backward_pass(make_model, tokenizer, monkeypatch, tie):
+    """Under autocast, whose own cache has no frozen weights, and none in a recomputation."""
+    trainer, groups = make(make_model("llama", tie)), make_groups(len(tokenizer))
+    cast_linears(trainer.reference, torch.bfloat16)
+    trainer.autocast = torch.autocast("cpu", torch.bfloat16)
+    found = []
+    for chunk in (2**26, 5 * len(tokenizer)):
+        monkeypatch.setattr(train.model, "CHUNK", chunk)
+        with Casts((len(tokenizer), 64)) as reference:
+            trainer.score_reference(groups)
+        with Casts((len(tokenizer), 64)) as policy:
+            found.append(gradient(trainer, groups))
+        assert (reference.count, policy.count) == (tie, 2)  # and the gradient's, back
+        groups = make_groups(len(tokenizer))
+    torch.testing.assert_close(*found, atol=0.02 * found[0].abs().max().item(), rtol=0)
 
 
 def test_a_reset_reference_is_the_policy_and_each_response_is_scored_once_more(make_model, tokenizer, monkeypatch):

@@ -13,6 +13,7 @@ import logging
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
@@ -28,7 +29,6 @@ from transformers import PreTrainedConfig
 from buffer import Group, Response
 from config import Config
 from rewards.judges import Judge, load_config_and_tokenizer
-from run.setup import Setup
 from search.engine import EngineSettings
 from tasks import Task
 from train.model import cast_linears, decoder_layers
@@ -42,6 +42,9 @@ PROCESS = GIB  # Python with torch and vLLM; measured: 0.7 GiB where the trainer
 CUDA_TRAINER = 2 * GIB  # a guess: context, kernels, what the allocator cannot use
 CUDA_ENGINE = 3 * GIB  # a guess: context, kernels, captured graphs, activations
 
+
+if TYPE_CHECKING:
+    from run.setup import Setup
 
 log = logging.getLogger("tba")
 
@@ -223,7 +226,7 @@ def shown(count: float) -> str:
 class Plan:
     """What a run takes of each device's memory. Raises a ValueError where the model cannot be trained here."""
 
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: "Setup"):
         self.setup, self.config = setup, setup.config
         self.model, _ = load_config_and_tokenizer(setup.model, "model")
         self.prompt = max(len(prompt.tokens) for prompt in setup.prompts)
@@ -278,7 +281,8 @@ class Plan:
             yield device, f"engine: keys and values of {tokens:,} tokens, {fit}", count
         if judges := judge_weights(setup.task):
             yield setup.search_devices[-1], f"models that score, {engine_kind}", width * judges
-        yield "cpu", "copy of policy and moments, while a checkpoint is written", needs.policy + needs.moments
+        lasts = "from the first checkpoint on" if self.cuda else "while a checkpoint is written"
+        yield "cpu", f"copy of policy and moments, {lasts}", needs.policy + needs.moments
         yield "cpu", "buffer, when it is full", self.buffer
         yield "cpu", "the process", PROCESS
 

@@ -1,6 +1,7 @@
 """Models of the trainer: how they are loaded, and log-probabilities of the tokens that they read."""
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 CHUNK = 2**26  # logits at a time, 256 MiB of fp32: [tokens, vocabulary] of a whole micro-batch is never built
@@ -28,8 +30,15 @@ def load_model(model: str | Path | PreTrainedConfig, dtype: torch.dtype, kind: s
 
 
 def dense_attention(model: PreTrainedModel) -> str:
-    """What computes a model's attention where that is not flex attention: torch's own, which cannot soft-cap scores."""
-    return "eager" if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
+    """What computes a model's attention where that is not flex attention: torch's own, which cannot soft-cap scores.
+
+    "sdpa" by another name, for which transformers makes no mask: rows without one are causal as they are. It would look
+    for packed sequences in them, and the host wait for all that the GPU has to do.
+    """
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        return "eager"
+    AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
+    return "sdpa_without_mask" if model._can_set_attn_implementation() else "sdpa"  # Falcon's own cannot be named
 
 
 def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
@@ -56,6 +65,19 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return max((m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)), key=len)
 
 
+def compile_layers(model: PreTrainedModel, activation_memory_budget: float) -> None:
+    """Compile each decoder layer by itself. The compiler's settings are those of the thread that calls this."""
+    import torch._functorch.config
+
+    torch._functorch.config.activation_memory_budget = activation_memory_budget
+    # All layers share the graphs of their code: by model, kind of rows, and whether there is one, a trainer's are 9. At
+    # torch's own limit, 8, layers would run without being compiled, and nothing would say so.
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for layer in decoder_layers(model):
+        layer.compile()
+
+
 class _States(BaseModelOutputWithPast):
     def __getattr__(self, name: str) -> None:  # such as cross_attentions, which some have beside
         if name.startswith("__"):
@@ -73,9 +95,14 @@ class _Given(nn.Module):
 
 def head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """From hidden states [N, H] to logits [N, V] as the model's own forward has them: Cohere and Granite scale what its
-    last layer gives, Gemma 2 soft-caps it."""
-    alone = object.__new__(type(model))  # a shallow copy
-    alone.__dict__ = model.__dict__ | {"_modules": model._modules | {model.base_model_prefix: _Given()}}
+    last layer gives, Gemma 2 soft-caps it. Under autocast its weights are cast here, once for all calls."""
+    alone, output, device = object.__new__(type(model)), model.get_output_embeddings(), model.device.type
+    cast = copy.copy(output)
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype, weights = torch.get_autocast_dtype(device), output.named_parameters(recurse=False)
+        cast._parameters = output._parameters | {name: weight.to(dtype) for name, weight in weights}
+    modules = {name: cast if module is output else module for name, module in model._modules.items()}
+    alone.__dict__ = model.__dict__ | {"_modules": modules | {model.base_model_prefix: _Given()}}
     return lambda hidden_NH: alone.forward(inputs_embeds=hidden_NH[None], use_cache=False).logits[0]
 
 
@@ -110,5 +137,5 @@ def token_logprobs(
         return of_chunk(hidden_NH, target_N, early_N)
     early = itertools.repeat(None) if early_N is None else early_N.split(size)
     chunks = zip(hidden_NH.split(size), target_N.split(size), early, strict=False)
-    results = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+    results = [checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     return torch.cat([logprob for logprob, _ in results]), torch.cat([entropy for _, entropy in results])

@@ -1,4 +1,4 @@
-"""How groups become the rows that a model reads.
+"""How groups become the rows that a model reads, and the batch that an objective does.
 
 The K responses of a group share their prompt's tokens: a group is one sequence `[prompt | r1 | r2 | ... | rK]` in which
 a response token attends to its prompt and to its own past, and in which positions go on from the prompt in every
@@ -17,10 +17,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 
 from buffer import Group, Response
+from config import Config
+from loss import Batch
 from train.transfer import to_device
+
+BLOCK = 128  # tokens: flex attention skips, or computes, so many queries by so many keys at a time
 
 
 @dataclass(slots=True)
@@ -78,7 +82,7 @@ def pack(groups: list[Group], device: torch.device, flex: bool = False, share: b
     source = np.where(in_part > 0, np.arange(num_tokens) - 1, (unit_start + prompt_length)[unit][part] - 1)[generated]
 
     if flex and share:  # all in one row, of whole blocks of flex attention
-        shape, at = (1, -(-num_tokens // 128) * 128), np.arange(num_tokens)
+        shape, at = (1, -(-num_tokens // BLOCK) * BLOCK), np.arange(num_tokens)
     else:
         whole = np.diff(unit_start, append=num_tokens)
         longest = int(whole.max())
@@ -104,11 +108,66 @@ def pack(groups: list[Group], device: torch.device, flex: bool = False, share: b
     )
     visible, (R, T) = mask_mod(segments, group_id), shape
     if flex:
-        mask = create_block_mask(visible, R, None, T, T, device)
+        prompt_of = np.flatnonzero(is_prompt)[unit]
+        mask = block_mask(visible, rows(part, len(parts))[0], rows(prompt_of[part], len(parts))[0], device)
     else:  # by broadcasting, which takes a fraction of flex attention's create_mask
         row, column = torch.arange(R, device=device)[:, None, None], torch.arange(T, device=device)
         mask = visible(row, None, column[:, None], column)[:, None]
     return Packed(tokens, positions, mask, source, target, response_index, in_response, responses, num_tokens)
+
+
+def block_mask(visible: Callable, part_T: np.ndarray, prompt_T: np.ndarray, device: torch.device) -> BlockMask:
+    """The mask `visible` of one row, by counting: `create_block_mask` would build T x T truth values. A token is of a
+    part, a prompt or a response, and attends to the part that is its prompt too; parts are in ascending order."""
+    blocks, parts = len(part_T) // BLOCK, part_T[-1] + 1
+
+    def tokens(of_T: np.ndarray, counted_T: np.ndarray | None = None) -> np.ndarray:  # by block and part
+        at = np.arange(len(of_T)) // BLOCK * parts + of_T
+        return np.bincount(at, counted_T, blocks * parts).reshape(blocks, parts).astype(np.float32)
+
+    keys = tokens(part_T)
+    pairs = (keys + tokens(prompt_T, prompt_T != part_T)) @ keys.T  # that attend, by block: up to 128^2, so exact
+    earlier = np.tri(blocks, k=-1, dtype=bool)  # the keys' block is before the queries'; on the diagonal it is partial
+    full = earlier & (pairs == BLOCK**2)
+    partial = earlier & (pairs > 0) & ~full | np.eye(blocks, dtype=bool)
+    tables = [
+        to_device(table.astype(np.int32)[None, None], device)
+        for blocks_NN in (partial, full)
+        for table in (blocks_NN.sum(1), np.argsort(~blocks_NN, axis=1, kind="stable"))
+    ]
+    return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=BLOCK, mask_mod=visible)
+
+
+def loss_batch(groups: list[Group], packed: Packed, logprobs_N: Tensor, config: Config, names: set[str]) -> Batch:
+    """The objective's input: each group with its K responses, those that it has several times included.
+
+    Args:
+        groups: of a micro-batch, `packed`.
+        logprobs_N: the policy's, of the response tokens.
+        config: says what the objective reads.
+        names: of `Response.per_token`, of the whole update.
+    """
+    unique, device = packed.responses, logprobs_N.device
+    index = {id(response): u for u, response in enumerate(unique)}
+    index_BK = to_device(np.array([[index[id(r)] for r in group.responses] for group in groups]), device)
+
+    def to_BKT(values: list[np.ndarray]) -> Tensor:
+        return packed.to_BKT(to_device(np.concatenate(values), device), index_BK)
+
+    own_BKT = packed.to_BKT(logprobs_N, index_BK)
+    ref_BKT = behaviour_BKT = own_BKT.detach()
+    if config.has_reference:
+        ref_BKT = to_BKT([response.ref_logprobs for response in unique])
+    if config.reads_behaviour:
+        behaviour_BKT = to_BKT([response.logprobs for response in unique])
+    zeros = [np.zeros(len(response.tokens), np.float32) for response in unique]
+    extra = {
+        name: to_BKT([(r.per_token or {}).get(name, zero) for r, zero in zip(unique, zeros, strict=True)])
+        for name in names
+    }
+    mask_BKT = packed.to_BKT(torch.ones_like(logprobs_N), index_BK)
+    rewards_U = to_device(np.array([response.reward for response in unique]), device, torch.float32)
+    return Batch(own_BKT, ref_BKT, behaviour_BKT, mask_BKT, rewards_U[index_BK], extra)
 
 
 def packed_length(group: Group, share: bool) -> int:

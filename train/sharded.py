@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from buffer import Group, Response
 from config import RunError
-from train.model import decoder_layers, load_model, named_weights
+from train.model import compile_layers, decoder_layers, load_model, named_weights
 from train.optimizer import out_of_memory, weights_dtype
 from train.packing import Packed, micro_batches, pack, packed_length
 from train.ranks import Ranks, on_every_rank
@@ -66,9 +66,9 @@ class ShardedTrainer(Trainer):
         dtype = self.compute if frozen and cuda else weights_dtype(self.config.optimizer)
         loaded = load_model(model, dtype, self.device.type).requires_grad_(not frozen)
         precision = MixedPrecisionPolicy(self.compute, torch.float32) if cuda else MixedPrecisionPolicy()
+        if cuda:
+            compile_layers(loaded, self.config.activation_memory_budget)
         for module in [*decoder_layers(loaded), loaded]:
-            if cuda and module is not loaded:
-                module.compile()
             fully_shard(module, mesh=self.mesh, mp_policy=precision, reshard_after_forward=True)
             module.set_force_sum_reduction_for_comms(True)  # the loss has its share of all groups already
             module.set_gradient_divide_factor(1.0)

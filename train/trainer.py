@@ -20,10 +20,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from buffer import Group, Response
 from config import Config, RunError
 from loss import Batch
-from train.model import cast_linears, decoder_layers, dense_attention, load_model, named_weights, token_logprobs
+from train.model import cast_linears, compile_layers, dense_attention, load_model, named_weights, token_logprobs
 from train.optimizer import forget_half_made_state, make_optimizer, out_of_memory, take_step, weights_dtype
-from train.packing import Packed, micro_batches, pack, packed_length, sharing_is_faster
-from train.transfer import HostCopy, Pending, to_device
+from train.packing import Packed, loss_batch, micro_batches, pack, packed_length, sharing_is_faster
+from train.transfer import HostCopy, Pending
 
 if TYPE_CHECKING:
     from search.weights import StagedWeights
@@ -57,7 +57,6 @@ class Trainer:
         self.micro_batch_tokens = config.micro_batch_tokens  # halved where memory runs out
         on_gpu = self.device.type == "cuda"
         self.compute = torch.bfloat16 if on_gpu else torch.float32
-        torch._functorch.config.activation_memory_budget = config.activation_memory_budget
         reset = checkpoint and (checkpoint / "reference").is_dir()
         try:
             self.policy = self.reference = self.load(checkpoint or model)
@@ -97,8 +96,8 @@ class Trainer:
             if loaded.dtype == torch.float32:
                 cast_linears(loaded, self.compute)
         if self.device.type == "cuda":
-            for layer in decoder_layers(loaded):
-                layer.compile()
+            compile_layers(loaded, self.config.activation_memory_budget)
+            torch.cuda.empty_cache()  # of what was cast: an engine on this GPU counts what is free
         return loaded
 
     def load_optimizer(self, state: dict) -> None:
@@ -126,8 +125,12 @@ class Trainer:
         attention, mask = self.attention if batch.mask is not None else dense_attention(model), batch.mask
         if model.config._attn_implementation != attention:
             model.set_attn_implementation(attention)
-        if attention == "eager" and mask is not None:  # which adds it to the scores
+        if attention == "eager":  # which adds it to the scores
+            T = batch.tokens.shape[1]
+            mask = torch.ones(1, 1, T, T, dtype=torch.bool, device=self.device).tril() if mask is None else mask
             mask = torch.where(torch.as_tensor(mask), 0.0, torch.finfo(model.dtype).min)
+        elif mask is None:  # some models look for padding where there is none
+            mask = torch.ones_like(batch.tokens)
         with self.autocast:
             hidden = model.base_model(
                 input_ids=batch.tokens, position_ids=batch.positions, attention_mask=mask, use_cache=False
@@ -224,7 +227,7 @@ class Trainer:
             if not some:  # another rank's groups: it needs this one's part of the layers
                 (0 * logprobs_N.sum()).backward()
                 continue
-            batch = self._batch(some, packed, logprobs_N, names)
+            batch = loss_batch(some, packed, logprobs_N, config, names)
             loss, metrics = self._loss(replace(batch, ref_BKT=batch.ref_BKT / gamma), beta)
             (loss * share).backward()
             means = metrics | {"loss": loss}
@@ -263,34 +266,11 @@ class Trainer:
                 raise RunError(f"loss {self.objective.__name__} gives a {list(value.shape)}: it must give one number")
         return loss, metrics
 
-    def _batch(self, groups: list[Group], packed: Packed, logprobs_N: Tensor, names: set[str]) -> Batch:
-        """The objective's input: each group with its K responses, those that it has several times included."""
-        unique = packed.responses
-        index = {id(response): u for u, response in enumerate(unique)}
-        index_BK = to_device(np.array([[index[id(r)] for r in group.responses] for group in groups]), self.device)
-
-        def to_BKT(values: list[np.ndarray]) -> Tensor:
-            return packed.to_BKT(to_device(np.concatenate(values), self.device), index_BK)
-
-        own_BKT = packed.to_BKT(logprobs_N, index_BK)
-        ref_BKT = behaviour_BKT = own_BKT.detach()
-        if self.config.has_reference:
-            ref_BKT = to_BKT([response.ref_logprobs for response in unique])
-        if self.config.reads_behaviour:
-            behaviour_BKT = to_BKT([response.logprobs for response in unique])
-        zeros = [np.zeros(len(response.tokens), np.float32) for response in unique]
-        extra = {
-            name: to_BKT([(r.per_token or {}).get(name, zero) for r, zero in zip(unique, zeros, strict=True)])
-            for name in names
-        }
-        mask_BKT = packed.to_BKT(torch.ones_like(logprobs_N), index_BK)
-        rewards_U = to_device(np.array([response.reward for response in unique]), self.device, torch.float32)
-        return Batch(own_BKT, ref_BKT, behaviour_BKT, mask_BKT, rewards_U[index_BK], extra)
-
     @torch.no_grad()
     def probe(self, tokens: np.ndarray) -> HostCopy:
         """Log-probability of each token of a sequence but the first [T-1] under the policy, at temperature 1."""
-        batch = pack([Group(0, tokens[:1], [Response(tokens[1:], finished=True)])], self.device, share=False)
+        group = Group(0, tokens[:1], [Response(tokens[1:], finished=True)])
+        batch = pack([group], self.device, flex=self.attention == "flex_attention")
         return HostCopy(self.logprobs(self.policy, batch, temperature=1.0)[0])
 
     def stage(self, weights: "StagedWeights", probe: np.ndarray, step: int) -> HostCopy:
