@@ -61,7 +61,8 @@ def test_killed_at_any_moment_it_goes_on(embedded, tmp_path):
     command = ("--model", embedded[1], "--out", out, *SHORT, "--save-every", 3, "--keep", 3, "--resume", "auto")
     steps = 0
     for kill in range(4):
-        with nothing_is_left(), started(*command) as run:
+        ranks = ["cpu"] * (1 + kill % 2)  # in turn: a checkpoint is of any number of ranks
+        with nothing_is_left(), started(*command, "--train-devices", *ranks) as run:
             if kill == 0:
                 time.sleep(chance.uniform(0.1, 5))
             else:
