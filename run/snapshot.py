@@ -23,24 +23,35 @@ PER_TOKEN = "per_token."  # prefix of the columns of `Response.per_token`
 
 
 def trainer_writer(trainer: "Trainer") -> Callable[[Path], None]:
-    """Copy policy, optimiser and, where it was reset, reference to the host's memory.
+    """Copy policy (or its adapter, if it has one), optimiser and, where it was reset, reference to the host's memory.
 
-    The returned function writes them: the policy as a Hugging Face folder, the others beside it.
+    The returned function writes them: the policy as a Hugging Face folder, the adapter as peft's, the others beside it.
     """
     import torch
 
-    policy = copy_to_host(trainer.weights())
+    adapter = trainer.config.lora_rank > 0
+    policy = copy_to_host(trainer.weights("adapter" if adapter else "policy"))
     reference = copy_to_host(trainer.weights("reference")) if trainer.ref_version else None
     optimizer = io.BytesIO()  # as bytes: torchao's state of 8 bits has no other copy
     torch.save({"optimizer": trainer.optimizer_state(), "ref_version": trainer.ref_version}, optimizer)
 
     def write(folder: Path) -> None:
-        save_model(trainer.policy, folder, policy)
+        if adapter:
+            save_adapter(trainer.policy, folder, policy)
+        else:
+            save_model(trainer.policy, folder, policy)
         if reference is not None:
             save_model(trainer.reference, folder / "reference", reference)
         (folder / "optimizer.pt").write_bytes(optimizer.getbuffer())
 
     return write
+
+
+def save_adapter(model: "PreTrainedModel", folder: Path, weights: dict[str, "Tensor"]) -> None:
+    """Write the adapter of a model, with these weights, as a folder that peft reads."""
+    from train import lora
+
+    lora.save_adapter(model, folder, weights)
 
 
 def save_model(model: "PreTrainedModel", folder: Path, weights: dict[str, "Tensor"] | None = None) -> None:

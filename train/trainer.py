@@ -9,6 +9,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,9 +60,11 @@ class Trainer:
         self.compute = torch.bfloat16 if on_gpu else torch.float32
         torch._functorch.config.activation_memory_budget = config.activation_memory_budget
         reset = checkpoint and (checkpoint / "reference").is_dir()
+        self.lora = import_module("train.lora") if config.lora_rank else None
+        self.adapter = checkpoint  # the folder that has it, where there is one
         try:
-            self.policy = self.reference = self.load(checkpoint or model)
-            if config.has_reference:
+            self.policy = self.reference = self.load(model if self.lora else checkpoint or model)
+            if config.has_reference and not self.lora:
                 self.reference = self.load(checkpoint / "reference" if reset else model, frozen=True)
         except RuntimeError as error:
             if not out_of_memory(error):
@@ -77,7 +80,7 @@ class Trainer:
         self.attention = self.policy.config._attn_implementation  # of rows that share prompts
         self.parameters = sum(weight.numel() for weight in self.policy.parameters())
         self.autocast = torch.autocast("cuda", self.compute) if on_gpu else contextlib.nullcontext()
-        self.optimizer = make_optimizer(config.optimizer, list(self.policy.parameters()))
+        self.optimizer = make_optimizer(config.optimizer, [w for w in self.policy.parameters() if w.requires_grad])
         self.stepping = False  # the weights are being changed: they are not to be saved
         self.reference_stream = torch.cuda.Stream(self.device) if on_gpu else None
         self.staged: StagedWeights | None = None  # where `stage` last copied the weights to
@@ -90,10 +93,10 @@ class Trainer:
     def load(self, model: str | Path | PreTrainedConfig, frozen: bool = False) -> PreTrainedModel:
         """The policy; or, frozen, its reference."""
         loaded = load_model(model, weights_dtype(self.config.optimizer), self.device)
-        if frozen:
-            loaded.requires_grad_(False)
-            if loaded.dtype == torch.float32:
-                cast_linears(loaded, self.compute)
+        if frozen or self.lora:
+            cast_linears(loaded.requires_grad_(False), self.compute)
+        if self.lora:
+            self.lora.add_adapter(loaded, self.config, self.adapter)
         if self.device.type == "cuda":
             for layer in decoder_layers(loaded):
                 layer.compile()
@@ -109,8 +112,11 @@ class Trainer:
         return [(name, list(weight.shape)) for name, weight in named_weights(self.policy)]
 
     def weights(self, of: str = "policy") -> dict[str, Tensor]:
-        """The weights of the policy or the reference, whole."""
-        return dict(named_weights(getattr(self, of)))
+        """The weights of the policy, its adapter or the reference, whole; merged ones are copies on the host."""
+        if of == "adapter":
+            return self.lora.adapter_weights(self.policy)
+        named = named_weights(getattr(self, of))
+        return {name: weight if isinstance(weight, nn.Parameter) else weight.cpu() for name, weight in named}
 
     def optimizer_state(self) -> dict:
         """The optimiser's state, whole."""
@@ -155,7 +161,8 @@ class Trainer:
             return response.ref_logprobs is None or response.ref_version != self.ref_version
 
         new = [Group(g.prompt_id, g.prompt, [r for r in g.responses if lacks(r)]) for g in groups]
-        with torch.cuda.stream(self.reference_stream):
+        alone = self.lora.without_adapter(self.policy) if self.lora else contextlib.nullcontext()
+        with torch.cuda.stream(self.reference_stream), alone:
             for _, batch in self.micro_batches([group for group in new if group.responses]):
                 logprobs_N, _ = self.logprobs(self.reference, batch, self.config.temperature, self.config.min_tokens)
                 ends = np.cumsum([len(response.tokens) for response in batch.responses])
