@@ -54,6 +54,10 @@ class Config:
     """Learning rate."""
     optimizer: Annotated[str, OneOf(("adamw", "adamw_bf16", "adamw_8bit"))] = "adamw"
     """adamw: fp32 weights and moments; adamw_bf16 or adamw_8bit: bf16 weights, moments of 16 or 8 bits (torchao)."""
+    lora_rank: Annotated[int, Ge(0)] = 0
+    """Rank of a LoRA adapter of all linear layers (peft), which is trained in place of the weights; 0: without one."""
+    lora_alpha: Annotated[int, Ge(0)] = 0
+    """The adapter counts by lora_alpha / lora_rank; 0: twice the rank."""
     lr_schedule: Annotated[str, OneOf(("constant", "linear", "wsd"))] = "constant"
     """constant, linear (to 0 on the last update), or wsd (warm-up, stable, decay to 0 on the last update)."""
     lr_warmup: Annotated[int, Ge(0)] = 0

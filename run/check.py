@@ -134,6 +134,15 @@ def check(config: Config) -> None:
         refuse("model", "a Hugging Face folder or hub id")
     if config.optimizer != "adamw" and not importlib.util.find_spec("torchao"):
         refuse("optimizer", "adamw, or torchao must be installed: pip install torchao")
+    if config.lora_alpha and not config.lora_rank:
+        refuse("lora_alpha", "0 without lora_rank")
+    if config.lora_rank:
+        if config.optimizer != "adamw":
+            refuse("optimizer", "adamw with lora_rank: an adapter's moments are small")
+        if config.reference_reset:
+            refuse("reference_reset", "0 with lora_rank, where the reference is the model without its adapter")
+        if not importlib.util.find_spec("peft"):
+            refuse("lora_rank", "0, or peft must be installed: pip install peft")
     for package in ("tensorboard", "wandb"):
         if getattr(config, package) and not importlib.util.find_spec(package):
             raise ValueError(f"{package} is not installed: pip install {package}, or leave --{package} out")

@@ -22,16 +22,18 @@ PER_TOKEN = "per_token."  # prefix of the columns of `Response.per_token`
 
 
 def trainer_writer(trainer: "Trainer") -> Callable[[Path], None]:
-    """Copy policy, optimiser and, where it was reset, reference to the host's memory; a GPU is not waited for.
+    """Copy policy (or its adapter, if it has one), optimiser and, where it was reset, reference to the host's memory; a
+    GPU is not waited for.
 
-    The returned function writes them: the policy as a Hugging Face folder, the others beside it.
+    The returned function writes them: the policy as a Hugging Face folder, the adapter as peft's, the others beside it.
     """
     import torch
     from torch.utils._pytree import tree_map_only
 
     from train.transfer import HostCopy
 
-    policy = copy_to_host(trainer.weights())
+    adapter = trainer.config.lora_rank > 0
+    policy = copy_to_host(trainer.weights("adapter" if adapter else "policy"))
     reference = copy_to_host(trainer.weights("reference")) if trainer.ref_version else None
     optimizer = {"optimizer": trainer.optimizer_state(), "ref_version": trainer.ref_version}
     optimizer = tree_map_only(torch.Tensor, to_host, optimizer)
@@ -39,12 +41,22 @@ def trainer_writer(trainer: "Trainer") -> Callable[[Path], None]:
 
     def write(folder: Path) -> None:
         last.numpy()  # waits for it, and so for all
-        save_model(trainer.policy, folder, policy)
+        if adapter:
+            save_adapter(trainer.policy, folder, policy)
+        else:
+            save_model(trainer.policy, folder, policy)
         if reference is not None:
             save_model(trainer.reference, folder / "reference", reference)
         torch.save(optimizer, folder / "optimizer.pt")
 
     return write
+
+
+def save_adapter(model: "PreTrainedModel", folder: Path, weights: dict[str, "Tensor"]) -> None:
+    """Write the adapter of a model, with these weights, as a folder that peft reads."""
+    from train import lora
+
+    lora.save_adapter(model, folder, weights)
 
 
 def save_model(model: "PreTrainedModel", folder: Path, weights: dict[str, "Tensor"] | None = None) -> None:

@@ -38,8 +38,8 @@ def needed(todo: list[Requirement]) -> set[str]:
 
 def needless(modules: Iterable[str]) -> set[str]:
     """What requirements-cpu.txt lists and neither is imported by these modules' process nor needed by what
-    requirements.txt lists, vLLM aside."""
+    requirements.txt lists, vLLM and what some options need aside."""
     distributions = packages_distributions()
     imported = {canonicalize_name(name) for each in modules for name in distributions.get(each, ())}
-    ours = needed([each for each in listed("requirements.txt") if each.name not in ("vllm", "torchao")])
+    ours = needed([each for each in listed("requirements.txt") if each.name not in ("vllm", "torchao", "peft")])
     return {canonicalize_name(each.name) for each in listed("requirements-cpu.txt")} - imported - ours

@@ -201,7 +201,7 @@ def trainer_of_8_gib(monkeypatch):
     def needs(model, config, prompt, cuda, end_token):
         tokens, group = config.micro_batch_tokens, config.responses_per_prompt * config.max_tokens
         peak = 4 * GIB + tokens * GIB // 4096
-        return Needs(tokens, group, 2**28, GIB, GIB // 2, 3 * GIB // 2, peak, staged=2**28, cached=2**14)
+        return Needs(tokens, group, 2**28, GIB, GIB, GIB // 2, 3 * GIB // 2, peak, staged=2**28, cached=2**14)
 
     monkeypatch.setattr(plan, "estimate", needs)
 
@@ -272,7 +272,7 @@ def test_a_device_that_lacks_memory_has_a_line_that_says_what_helps(shown, train
     def problems(*arguments, **machine) -> str:
         return shown("--max-tokens", 128, *arguments, **machine).split("\n\n")[-1].removeprefix("It may not fit: ")
 
-    helps = "a lower --micro-batch-tokens or --optimizer adamw_8bit"
+    helps = "a lower --micro-batch-tokens or --optimizer adamw_8bit or --lora-rank 32"
     share = ("--gpu-memory-utilization", 0.5)
     assert problems(*share, gpus=1, each=24.0) == "It fits.\n"
     assert problems(*share, gpus=1, each=20.0) == (

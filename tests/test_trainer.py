@@ -417,7 +417,7 @@ def test_a_reference_with_cast_linears_computes_the_same_under_autocast(make_mod
     """What CUDA does, with the CPU's autocast: the reference starts as exactly the policy."""
     folder, tokens = make_model("llama", tie), torch.arange(40)[None]
     policy, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for _ in range(2))
-    cast_linears(reference, torch.bfloat16)
+    cast_linears(reference.requires_grad_(False), torch.bfloat16)
     half = sum(p.numel() for p in reference.parameters() if p.dtype == torch.bfloat16)
     assert half > 0.45 * sum(p.numel() for p in reference.parameters())
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -10,6 +10,7 @@ mask of rows that share a prompt, which is dense. Where several devices train, e
 
 import contextlib
 import logging
+import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -97,7 +98,8 @@ class Needs:
     tokens: int  # number, in a forward pass
     group: int  # number of tokens of the largest group
     parameters: int  # number, tied ones once
-    policy: int  # its gradients take as much
+    policy: int
+    trained: int  # of that, all or an adapter; gradients take as much
     reference: int
     moments: int
     peak: int  # of an update, all these included
@@ -108,7 +110,7 @@ class Needs:
 
     @property
     def activations(self) -> int:  # the peak beyond what stays
-        return self.peak - 2 * self.policy - self.reference - self.moments
+        return self.peak - self.policy - self.trained - self.reference - self.moments
 
 
 def estimate(model: PreTrainedConfig, config: Config, prompt: int, cuda: bool, end_token: int | None = None) -> Needs:
@@ -116,12 +118,12 @@ def estimate(model: PreTrainedConfig, config: Config, prompt: int, cuda: bool, e
     `prompt` tokens."""
     with FakeTensorMode(), Live() as live, contextlib.ExitStack() as stack:
         trainer = Trainer(model, config, "cpu", end_token)
-        policy, reference, weights = trainer.policy, trainer.reference, list(trainer.policy.parameters())
+        policy, reference = trainer.policy, trainer.reference
+        weights = [weight for weight in policy.parameters() if weight.requires_grad]
         if config.optimizer != "adamw":  # torchao refuses fake tensors; torch's own takes as much but for 8 bits
             trainer.optimizer = make_optimizer("adamw", weights)
         if cuda:
-            if policy.dtype == torch.float32 and config.has_reference:
-                cast_linears(reference, torch.bfloat16)
+            cast_linears(reference, torch.bfloat16)
             trainer.autocast = torch.autocast("cpu", torch.bfloat16)
             with contextlib.suppress(ValueError):  # GPT-2, for one, does not have it
                 policy.set_attn_implementation("flex_attention")
@@ -141,7 +143,8 @@ def estimate(model: PreTrainedConfig, config: Config, prompt: int, cuda: bool, e
         peak = live.peak
         if cuda and config.has_reference:  # it has a stream of its own, whose memory the update cannot use
             before = live.peak = live.now
-            with torch.no_grad():
+            alone = trainer.lora.without_adapter(policy) if trainer.lora else contextlib.nullcontext()
+            with torch.no_grad(), alone:
                 _, first = next(trainer.micro_batches(groups))
                 trainer.logprobs(reference, first, config.temperature, config.min_tokens)
             peak += live.peak - before
@@ -156,11 +159,12 @@ def estimate(model: PreTrainedConfig, config: Config, prompt: int, cuda: bool, e
             tokens=trainer.micro_batch_tokens,
             group=largest,
             parameters=trainer.parameters,
-            policy=sum(weight.nbytes for weight in weights),
-            reference=sum(weight.nbytes for weight in reference.parameters()) if config.has_reference else 0,
+            policy=sum(weight.nbytes for weight in policy.parameters()),
+            trained=sum(weight.nbytes for weight in weights),
+            reference=sum(weight.nbytes for weight in reference.parameters()) if reference is not policy else 0,
             moments=moments - saved,
             peak=peak - saved,
-            staged=sum(weight.numel() for _, weight in policy.named_parameters(remove_duplicate=False)),
+            staged=sum(math.prod(shape) for _, shape in trainer.layout),
             layers=len(layers_of),
             gathered=trainer.parameters - sum(map(size, layers_of)) + 3 * max(map(size, layers_of)),
             cached=sum(layer.keys.numel() + layer.values.numel() for layer in layers) // row.numel(),
@@ -189,12 +193,15 @@ def of_trainer(needs: Needs, config: Config, cuda: bool, ranks: int) -> dict[str
     """What the trainer takes of each of so many devices, in bytes, by what it is."""
     kind = {4: "fp32", 2: "bf16"}[weights_dtype(config.optimizer).itemsize]
     shard = f", a shard of {ranks}" * (ranks > 1)
+    frozen_kind = "its linear layers in bf16" if cuda and kind == "fp32" else kind
     rows = {f"policy, {kind}{shard}": needs.policy / ranks}
-    if config.has_reference:
-        frozen_kind = "its linear layers in bf16" if cuda and kind == "fp32" else kind
+    if config.lora_rank:
+        rows = {f"policy and reference, {frozen_kind}{shard}": (needs.policy - needs.trained) / ranks}
+        rows[f"adapter of rank {config.lora_rank}, {kind}{shard}"] = needs.trained / ranks
+    if needs.reference:
         rows[f"reference, {frozen_kind}{shard}"] = needs.reference / ranks
     rows[f"AdamW's moments, {'8 bits' if config.optimizer == 'adamw_8bit' else kind}{shard}"] = needs.moments / ranks
-    rows[f"gradients, {kind}{shard}"] = needs.policy / ranks
+    rows[f"gradients, {kind}{shard}"] = needs.trained / ranks
     if ranks > 1:
         rows["layers whose weights are gathered"] = (2 if cuda else 4) * needs.gathered
     stored = min(1, config.activation_memory_budget + 2 / needs.layers)  # the rest is recomputed, a layer at a time
@@ -265,10 +272,10 @@ class Plan:
 
     def rows(self) -> Iterator[tuple[str, str, float]]:
         """(device, what takes its memory, bytes); "cpu" is the host."""
-        setup, needs, ranks = self.setup, self.needs, self.setup.train_devices
+        setup, config, needs, ranks = self.setup, self.config, self.needs, self.setup.train_devices
         engine_kind, width = ("fp32", 4) if "cpu" in setup.search_devices else ("bf16", 2)
         for device in ranks:
-            for what, count in of_trainer(needs, self.config, self.cuda, len(ranks)).items():
+            for what, count in of_trainer(needs, config, self.cuda, len(ranks)).items():
                 yield device, what, count
         weights = width * needs.staged
         yield ranks[0] if self.cuda and width == 2 else "cpu", f"weights for the engines, {engine_kind}", weights
@@ -281,8 +288,11 @@ class Plan:
             yield device, f"engine: keys and values of {tokens:,} tokens, {fit}", count
         if judges := judge_weights(setup.task):
             yield setup.search_devices[-1], f"models that score, {engine_kind}", width * judges
-        lasts = "from the first checkpoint on" if self.cuda else "while a checkpoint is written"
-        yield "cpu", f"copy of policy and moments, {lasts}", needs.policy + needs.moments
+        if config.lora_rank:
+            yield "cpu", "merged weights, fp32, while the policy is saved at the end", 4 * needs.staged
+        else:
+            lasts = "from the first checkpoint on" if self.cuda else "while a checkpoint is written"
+            yield "cpu", f"copy of policy and moments, {lasts}", needs.policy + needs.moments
         yield "cpu", "buffer, when it is full", self.buffer
         yield "cpu", "the process", PROCESS
 
@@ -313,7 +323,7 @@ class Plan:
 
     def problems(self, device: str, lack: float) -> Iterator[str]:
         """What is wrong on a device that lacks so many bytes, and what helps."""
-        needs, trains = self.needs, device in self.setup.train_devices
+        config, needs, trains = self.config, self.needs, device in self.setup.train_devices
         engines = [engine for engine in self.setup.engines if engine.device == device]
         if any(self.cache(engine)[1] < engine.max_model_len for engine in engines):
             more = "a higher --gpu-memory-utilization, " * (device != "cpu")
@@ -322,9 +332,12 @@ class Plan:
             return
         fewer = "--micro-batch-tokens" if needs.tokens > needs.group else "--responses-per-prompt"
         eight_bits = needs.policy + (1 - EIGHT_BITS / 4) * needs.moments  # half of weights and gradients, most moments
+        adapter = needs.trained + needs.moments + needs.reference  # what an adapter takes itself is little
+        full = trains and not config.lora_rank and config.optimizer == "adamw"
         helps = {  # bytes that it gives back, at most
             f"a lower {fewer}": trains * needs.activations,
-            "--optimizer adamw_8bit": trains * (self.config.optimizer == "adamw") * eight_bits,
+            "--optimizer adamw_8bit": full * eight_bits,
+            "--lora-rank 32": full * (not config.reference_reset) * adapter,
             "a lower --gpu-memory-utilization": self.cache(engines[0])[0] if engines and device != "cpu" else 0,
             "a lower --buffer-gib": self.buffer * (device == "cpu"),
             "a smaller --model": float("inf"),

@@ -42,12 +42,16 @@ def dense_attention(model: PreTrainedModel) -> str:
 
 
 def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """(name, weight) of a model's weights as in a checkpoint; tied weights come under each of their names."""
-    return model.named_parameters(remove_duplicate=False)
+    """(name, weight) of a model's weights as in a checkpoint, its adapter merged; tied weights come under each name."""
+    if not hasattr(model, "peft_config"):
+        return model.named_parameters(remove_duplicate=False)
+    from train.lora import merged_weights
+
+    return merged_weights(model)
 
 
 def cast_linears(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Cast the weights of a model's linear layers to `dtype`, in place.
+    """Cast the fp32 weights of a model's linear layers to `dtype`, in place; not those that are trained.
 
     Under autocast it computes exactly what it did: those weights would be cast anyway, and no others are. (A model all
     in bf16 has its residual stream in bf16 too, and differs from the policy before anything is trained.)
@@ -56,7 +60,8 @@ def cast_linears(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.weight is not embedding:  # tied, it is read as an embedding too
             for name, weight in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(weight.to(dtype), weight.requires_grad))
+                if weight.dtype == torch.float32 and not weight.requires_grad:
+                    setattr(module, name, nn.Parameter(weight.to(dtype), requires_grad=False))
     return model
 
 

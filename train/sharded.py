@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -63,8 +63,11 @@ class ShardedTrainer(Trainer):
     def load(self, model: str | Path | PreTrainedConfig, frozen: bool = False) -> PreTrainedModel:
         """This rank's shard of the policy; or, frozen, of its reference."""
         cuda = self.device.type == "cuda"
+        frozen = frozen or bool(self.lora)
         dtype = self.compute if frozen and cuda else weights_dtype(self.config.optimizer)
         loaded = load_model(model, dtype, self.device.type).requires_grad_(not frozen)
+        if self.lora:
+            self.lora.add_adapter(loaded, self.config, self.adapter)
         precision = MixedPrecisionPolicy(self.compute, torch.float32) if cuda else MixedPrecisionPolicy()
         if cuda:
             compile_layers(loaded, self.config.activation_memory_budget)
@@ -144,9 +147,13 @@ class ShardedTrainer(Trainer):
     @on_every_rank
     def weights(self, of: str = "policy") -> dict[str, Tensor]:
         """The weights of the policy or the reference, whole, in rank 0's host memory; tied ones are one tensor."""
-        found = dict(named_weights(getattr(self, of)))
-        copies = {weight: self._to_host(weight) for weight in found.values()}
-        return {name: copies[weight] for name, weight in found.items()}
+        found: dict[str, Tensor] = {}
+        copies: dict[Tensor, Tensor] = {}
+        for name, weight in self.named(of):
+            found[name] = copies[weight] if weight in copies else self._to_host(weight)
+            if isinstance(weight, nn.Parameter):  # else it is merged, and kept no longer
+                copies[weight] = found[name]
+        return found
 
     @on_every_rank
     def optimizer_state(self) -> dict:
@@ -155,7 +162,8 @@ class ShardedTrainer(Trainer):
 
     def load_optimizer(self, state: dict) -> None:
         """Go on with this rank's shard of what `optimizer_state` gave."""
-        for weight, moments in zip(self.policy.parameters(), state["state"].values(), strict=True):
+        trained = [weight for weight in self.policy.parameters() if weight.requires_grad]
+        for weight, moments in zip(trained, state["state"].values(), strict=True):
             for name, value in moments.items():
                 if value.ndim:
                     moments[name] = distribute_tensor(value, self.mesh, weight.placements, src_data_rank=None)

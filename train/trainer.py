@@ -7,8 +7,9 @@ prepared while the GPU is at work; what an update needs of the host is the refer
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,9 +59,11 @@ class Trainer:
         on_gpu = self.device.type == "cuda"
         self.compute = torch.bfloat16 if on_gpu else torch.float32
         reset = checkpoint and (checkpoint / "reference").is_dir()
+        self.lora = import_module("train.lora") if config.lora_rank else None
+        self.adapter = checkpoint  # the folder that has it, where there is one
         try:
-            self.policy = self.reference = self.load(checkpoint or model)
-            if config.has_reference:
+            self.policy = self.reference = self.load(model if self.lora else checkpoint or model)
+            if config.has_reference and not self.lora:
                 self.reference = self.load(checkpoint / "reference" if reset else model, frozen=True)
         except RuntimeError as error:
             if not out_of_memory(error):
@@ -76,7 +79,7 @@ class Trainer:
         self.attention = self.policy.config._attn_implementation  # of rows that share prompts
         self.parameters = sum(weight.numel() for weight in self.policy.parameters())
         self.autocast = torch.autocast("cuda", self.compute) if on_gpu else contextlib.nullcontext()
-        self.optimizer = make_optimizer(config.optimizer, list(self.policy.parameters()))
+        self.optimizer = make_optimizer(config.optimizer, [w for w in self.policy.parameters() if w.requires_grad])
         self.stepping = False  # the weights are being changed: they are not to be saved
         self.reference_stream = torch.cuda.Stream(self.device) if on_gpu else None
         self.staged: StagedWeights | None = None  # where `stage` last copied the weights to
@@ -91,10 +94,10 @@ class Trainer:
         loaded = load_model(model, weights_dtype(self.config.optimizer), self.device.type)
         if loaded.device != self.device:  # fake tensors (tools/plan.py) refuse to stay where they are
             loaded = loaded.to(self.device)
-        if frozen:
-            loaded.requires_grad_(False)
-            if loaded.dtype == torch.float32:
-                cast_linears(loaded, self.compute)
+        if frozen or self.lora:
+            cast_linears(loaded.requires_grad_(False), self.compute)
+        if self.lora:
+            self.lora.add_adapter(loaded, self.config, self.adapter)
         if self.device.type == "cuda":
             compile_layers(loaded, self.config.activation_memory_budget)
             torch.cuda.empty_cache()  # of what was cast: an engine on this GPU counts what is free
@@ -107,11 +110,16 @@ class Trainer:
     @property
     def layout(self) -> list[tuple[str, list[int]]]:
         """(name, shape) of each of the policy's weights."""
-        return [(name, list(weight.shape)) for name, weight in named_weights(self.policy)]
+        named = [each for each in self.policy.named_parameters(remove_duplicate=False) if ".lora_" not in each[0]]
+        return [(name.replace(".base_layer.", "."), list(weight.shape)) for name, weight in named]
 
     def weights(self, of: str = "policy") -> dict[str, Tensor]:
-        """The weights of the policy or the reference, whole."""
-        return dict(named_weights(getattr(self, of)))
+        """The weights of the policy, its adapter or the reference, whole; merged ones are copies on the host."""
+        return {name: weight if isinstance(weight, nn.Parameter) else weight.cpu() for name, weight in self.named(of)}
+
+    def named(self, of: str) -> Iterable[tuple[str, Tensor]]:
+        """(name, weight) of the weights of the policy, its adapter or the reference."""
+        return self.lora.adapter_weights(self.policy).items() if of == "adapter" else named_weights(getattr(self, of))
 
     def optimizer_state(self) -> dict:
         """The optimiser's state, whole."""
@@ -156,7 +164,8 @@ class Trainer:
         """Set `ref_logprobs` of the responses that have none of this reference: each is computed once, when it is first
         trained on, and again after a reset. On CUDA beside the update before."""
         new = [Group(g.prompt_id, g.prompt, [r for r in g.responses if not self.scored(r)]) for g in groups]
-        with torch.cuda.stream(self.reference_stream):
+        alone = self.lora.without_adapter(self.policy) if self.lora else contextlib.nullcontext()
+        with torch.cuda.stream(self.reference_stream), alone:
             for _, batch in self.micro_batches([group for group in new if group.responses]):
                 logprobs_N, _ = self.logprobs(self.reference, batch, self.config.temperature, self.config.min_tokens)
                 ends = np.cumsum([len(response.tokens) for response in batch.responses])
