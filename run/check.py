@@ -14,6 +14,7 @@ from annotated_types import Ge, Gt, Le
 from buffer import EVICTION, REPLAY
 from config import Config, OneOf
 from loss import OBJECTIVES
+from run.devices import on_cluster
 from tasks import import_file
 
 BOUNDS = {Ge: ("at least", operator.ge), Gt: ("above", operator.gt), Le: ("at most", operator.le)}
@@ -116,11 +117,20 @@ def check(config: Config) -> None:
     for name in ("beta", "beta_final") if annealed else ("beta",):
         if config.objective.needs_beta and not getattr(config, name):
             refuse(name, f"above 0 with loss {config.loss}")
-    for name, devices in (("train_device", [config.train_device]), ("search_devices", config.search_devices or [""])):
-        for device in devices:
-            kind, _, index = device.partition(":")
-            if not (device in ("auto", "cpu") or (kind == "cuda" and index.isdecimal())):
-                refuse(name, "auto, cpu, or cuda with a number, as in cuda:1")
+    searching = config.search_devices or ("",)
+    placed = {"train_device": [config.train_device], "search_devices": searching, "judge_devices": config.judge_devices}
+    for name, device in ((name, device) for name, devices in placed.items() for device in devices):
+        kind, _, index = device.partition(":")
+        try:
+            remote = name != "train_device" and on_cluster(device)
+        except ValueError as error:
+            refuse(name, str(error))
+        if not (remote or device in ("auto", "cpu") or (kind == "cuda" and index.isdecimal())):
+            refuse(name, "auto, cpu, or cuda with a number, as in cuda:1")
+        if remote and not importlib.util.find_spec("ray"):
+            raise ValueError(f"{name} is {device!r}, and ray is not installed: pip install ray")
+        if remote and config.strict and name == "search_devices":
+            refuse(name, "of this machine with strict, for nothing waits until engines on a cluster have new weights")
     if len(set(config.search_devices)) < len(config.search_devices) and "cpu" not in config.search_devices:
         refuse("search_devices", "devices that differ")
     if not config.model:

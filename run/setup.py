@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import math
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -21,11 +23,12 @@ from run import checkpoint
 from run.check import is_run_folder
 from run.checkpoint import Checkpoints
 from run.console import printable, timed
-from run.devices import cores, devices, start_fork_server
+from run.devices import cores, devices, on_cluster, start_fork_server
 from run.metrics import Metrics
 from run.prompts import Prompt, PromptSampler, demonstrations, tokenize
 from run.snapshot import read_buffer
 from search.engine import MAX_NUM_SEQS, EngineSettings
+from search.searcher import Searcher
 
 PROBE_TOKENS = 64  # on which engines and trainer are compared after each sync
 
@@ -63,7 +66,8 @@ class Setup:
     search_devices: list[str]
     train_cores: frozenset[int]
     search_cores: frozenset[int]
-    engines: list[EngineSettings]
+    engines: list[EngineSettings]  # of this machine
+    remote: list[tuple[EngineSettings, int, int]]  # of a cluster: how many of each there must be and may be
     buffer: Buffer
     sampler: PromptSampler
     lock: IO | None = None
@@ -82,6 +86,20 @@ class Setup:
     def sampling(self) -> dict[str, Any]:
         """How engines sample responses."""
         return {name: getattr(self.config, name) for name in ("temperature", "max_tokens", "min_tokens")}
+
+    @property
+    def judge_devices(self) -> Iterator[str]:
+        """Devices of the models that score, in turn."""
+        here = [device for device in self.search_devices if not on_cluster(device)] or [self.train_device]
+        return itertools.cycle(self.config.judge_devices or here[-1:])
+
+    def searcher(self, weights: Any) -> Searcher:
+        """The searcher, whose engines take their weights from a staging tensor."""
+        if not self.remote:
+            return Searcher(self.engines, weights, **self.sampling)
+        from search.remote import ElasticSearcher
+
+        return ElasticSearcher(self.engines, self.remote, weights, **self.sampling)
 
     def show(self) -> None:
         """Print the settings and the first prompt."""
@@ -125,6 +143,10 @@ def prepare(config: Config) -> Setup:
     shown_only = config.dry_run or config.plan
     with contextlib.nullcontext() if shown_only else timed("importing PyTorch and transformers"):
         train_device, search_devices = devices(config.train_device, config.search_devices)
+        if any(map(on_cluster, [*search_devices, *config.judge_devices])):
+            from search.remote import connect
+
+            connect()
         if not shown_only:
             start_fork_server(preload="cpu" in search_devices)
         from transformers.utils.logging import disable_progress_bar
@@ -162,6 +184,7 @@ def prepare(config: Config) -> Setup:
         train_cores=train_cores,
         search_cores=search_cores,
         engines=[],
+        remote=[],
         buffer=Buffer(
             config.capacity, EVICTION[config.evict], REPLAY[config.replay], config.seed,
             NEAR_DUPLICATES[config.near_duplicates], config.near_duplicate_distance, config.buffer_gib * 2**30,
@@ -172,23 +195,27 @@ def prepare(config: Config) -> Setup:
     if config.resume and is_run_folder(config.out):
         setup.lock = checkpoint.lock(out)
         load_checkpoint(setup)
-    count = len(search_devices)
-    for i, device in enumerate(search_devices):
+    places = [(device, on_cluster(device)) for device in search_devices]
+    here = sum(remote is None for _, remote in places)
+    count = here + sum(remote[1] for _, remote in places if remote)
+    for i, (device, remote) in enumerate(places):
+        kind = remote[0] if remote else device
         share = config.gpu_memory_utilization or (0.4 if device == train_device else 0.9)
-        largest = MAX_NUM_SEQS[device.split(":")[0]]
-        setup.engines.append(
-            EngineSettings(
-                device,
-                model,
-                max_model_len,
-                config.seed + setup.state.get("step", 0) + i,
-                out / "engine.log",
-                sequences_per_engine(config, count, largest),
-                share,
-                search_cores,
-                max(1, len(search_cores) // count),
-            )
+        engine = EngineSettings(
+            kind,
+            model,
+            max_model_len,
+            config.seed + setup.state.get("step", 0) + i,
+            out / "engine.log",
+            sequences_per_engine(config, count, MAX_NUM_SEQS[kind.split(":")[0]]),
+            share,
+            frozenset() if remote else search_cores,
+            1 if remote else max(1, len(search_cores) // here),
         )
+        if remote:
+            setup.remote.append((engine, *remote[1:]))
+        else:
+            setup.engines.append(engine)
     return setup
 
 

@@ -28,17 +28,17 @@ class StagedWeights:
 
     Args:
         model: whose weights.
-        devices: of the engines. On the trainer's GPU the copy stays there where all of them are GPUs.
+        devices: of the engines. On the trainer's GPU the copy stays there where all of them are this machine's GPUs.
     """
 
     def __init__(self, model: nn.Module, devices: Sequence[str]):
         self.weights = dict(named_weights(model))
-        on_gpu = all(device.startswith("cuda") for device in devices)
+        on_gpu, here = ("cpu" not in " ".join(devices)), ("ray" not in " ".join(devices))
         self.dtype = torch.bfloat16 if on_gpu else torch.float32
         rounded = torch.bfloat16 in {self.dtype, *(weight.dtype for weight in self.weights.values())}
         self.tolerance = TOLERANCE[torch.bfloat16 if rounded else torch.float32]
         self.version = 0  # the trainer's step that the copy is of
-        self.allocate(on_gpu and next(model.parameters()).is_cuda)
+        self.allocate(on_gpu and here and next(model.parameters()).is_cuda)
 
     def allocate(self, share_cuda: bool) -> None:
         """Allocate the copy, on the model's GPU or in host memory, and the handle by which other processes open it."""
@@ -81,6 +81,8 @@ def open_flat(handle: dict) -> Tensor:
     """The staging tensor, opened by its handle."""
     if "ipc" in handle:  # a pickle, but of the program's own, through a pipe that nobody else has
         return ForkingPickler.loads(handle["ipc"])
+    if "array" in handle:  # which is in Ray's object store
+        return torch.from_numpy(handle["array"]).view(getattr(torch, handle["dtype"]))
     return torch.from_file(handle["path"], shared=True, size=handle["size"], dtype=getattr(torch, handle["dtype"]))
 
 

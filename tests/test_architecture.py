@@ -18,7 +18,17 @@ def top(name: str) -> str:
     return name.split(".")[0]
 
 
-CORE = [path for name, path in MODULES.items() if FLOORS[top(name)] < 3 or name == "tba"]
+OPTIONAL = {"search.remote", "search.host"}  # what an option needs, and imports only then
+CORE = [path for name, path in MODULES.items() if (FLOORS[top(name)] < 3 or name == "tba") and name not in OPTIONAL]
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    """What a statement imports."""
+    if isinstance(node, ast.Import):
+        yield from (each.name for each in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert not node.level, "a relative import"
+        yield from (f"{node.module}.{each.name}" for each in node.names)
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -26,11 +36,7 @@ def imports(path: Path) -> Iterator[str]:
     nodes: list[ast.AST] = [ast.parse(path.read_text())]
     while nodes:
         node = nodes.pop()
-        if isinstance(node, ast.Import):
-            yield from (each.name for each in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path}: a relative import"
-            yield from (f"{node.module}.{each.name}" for each in node.names)
+        yield from imported(node)
         if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
             nodes += ast.iter_child_nodes(node)
 
@@ -57,6 +63,17 @@ def test_only_an_engine_imports_vllm():
     assert [name for name, path in MODULES.items() if "vllm" in map(top, imports(path))] == ["search.worker"]
 
 
+def test_what_is_optional_is_imported_by_functions_alone():
+    for name, path in MODULES.items():
+        at_once = [node for node in ast.walk(ast.parse(path.read_text())) if getattr(node, "col_offset", 1) == 0]
+        found = {alias for node in at_once for alias in imported(node)}
+        assert name in OPTIONAL or not [each for each in found if each.startswith(tuple(OPTIONAL))], name
+
+
+def test_only_what_is_optional_imports_ray():
+    assert {name for name, path in MODULES.items() if "ray" in map(top, imports(path))} == OPTIONAL
+
+
 def test_there_are_no_circles():
     TopologicalSorter({name: ours(path) for name, path in MODULES.items()}).prepare()
 
@@ -71,7 +88,7 @@ def lines(path: Path) -> int:
     return len(path.read_text().splitlines())
 
 
-@pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(PROJECT)))
+@pytest.mark.parametrize("path", [*CORE, *map(MODULES.get, OPTIONAL)], ids=lambda path: str(path.relative_to(PROJECT)))
 def test_a_file_of_the_core_fits_in_one_sitting(path):
     assert lines(path) <= 300
 
