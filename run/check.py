@@ -125,13 +125,17 @@ def check(config: Config) -> None:
             remote = name != "train_device" and on_cluster(device)
         except ValueError as error:
             refuse(name, str(error))
-        if not (remote or device in ("auto", "cpu") or (kind == "cuda" and index.isdecimal())):
-            refuse(name, "auto, cpu, or cuda with a number, as in cuda:1")
+        words = ("cpu",) if name == "judge_devices" else ("auto", "cpu")
+        if not (remote or device in words or (kind == "cuda" and index.isdecimal())):
+            refuse(name, f"{', '.join(words)}, or cuda with a number, as in cuda:1")
         if remote and not importlib.util.find_spec("ray"):
             raise ValueError(f"{name} is {device!r}, and ray is not installed: pip install ray")
+        if remote and remote[1:] != (1, 1) and name == "judge_devices":
+            refuse(name, "ray:1 or ray:cpu:1 on a cluster, given once for each model")
         if remote and config.strict and name == "search_devices":
             refuse(name, "of this machine with strict, for nothing waits until engines on a cluster have new weights")
-    if len(set(config.search_devices)) < len(config.search_devices) and "cpu" not in config.search_devices:
+    others = [device for device in config.search_devices if device != "cpu"]
+    if len(set(others)) < len(others):
         refuse("search_devices", "devices that differ")
     if not config.model:
         refuse("model", "a Hugging Face folder or hub id")

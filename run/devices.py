@@ -27,11 +27,11 @@ def on_cluster(word: str) -> tuple[str, int, int] | None:
         raise ValueError("ray:N or ray:N-M (GPUs), ray:cpu:N or ray:cpu:N-M, as in ray:4-64")
     least, most = int(found[2]), int(found[3] or found[2])
     if not 0 < least <= most:
-        raise ValueError("at least 1 engine, and at most no fewer than at least, as in ray:4-64")
+        raise ValueError("at least 1, and the second number no lower, as in ray:4-64")
     return "cpu" if found[1] else "cuda", least, most
 
 
-def devices(train: str, search: Sequence[str]) -> tuple[str, list[str]]:
+def devices(train: str, search: Sequence[str], judges: Sequence[str] = ()) -> tuple[str, list[str]]:
     """The device that trains and those that search: of several GPUs "auto" is the first to train, the others to search.
 
     Raises:
@@ -46,7 +46,12 @@ def devices(train: str, search: Sequence[str]) -> tuple[str, list[str]]:
     search = [device for device in search if device not in remote]
     if search == ["auto"]:
         search = [gpu for gpu in gpus if gpu != train] or gpus or ["cpu"]
-    for name, device in [("train_device", train), *(("search_devices", device) for device in search)]:
+    local = [device for device in judges if not on_cluster(device)]
+    for name, device in [
+        ("train_device", train),
+        *(("search_devices", device) for device in search),
+        *(("judge_devices", device) for device in local),
+    ]:
         if device != "cpu" and device not in gpus:
             raise ValueError(f"{name} is {device!r}: this machine has {', '.join(['cpu', *gpus])}")
     if gpus and "cpu" in search:

@@ -2,13 +2,12 @@
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -67,7 +66,8 @@ class Setup:
     train_cores: frozenset[int]
     search_cores: frozenset[int]
     engines: list[EngineSettings]  # of this machine
-    remote: list[tuple[EngineSettings, int, int]]  # of a cluster: how many of each there must be and may be
+    remote: dict[str, tuple[EngineSettings, int, int]]  # of a cluster: how many of each there must be and may be
+    cluster: Counter[str]  # what Ray says that it has
     buffer: Buffer
     sampler: PromptSampler
     lock: IO | None = None
@@ -88,10 +88,14 @@ class Setup:
         return {name: getattr(self.config, name) for name in ("temperature", "max_tokens", "min_tokens")}
 
     @property
-    def judge_devices(self) -> Iterator[str]:
-        """Devices of the models that score, in turn."""
-        here = [device for device in self.search_devices if not on_cluster(device)] or [self.train_device]
-        return itertools.cycle(self.config.judge_devices or here[-1:])
+    def local_devices(self) -> list[str]:
+        """Devices of this machine that search, or the one that trains where none does."""
+        return [device for device in self.search_devices if not on_cluster(device)] or [self.train_device]
+
+    @property
+    def judge_devices(self) -> list[str]:
+        """Devices of the models that score, which take them in turn."""
+        return list(self.config.judge_devices) or self.local_devices[-1:]
 
     def searcher(self, weights: Any) -> Searcher:
         """The searcher, whose engines take their weights from a staging tensor."""
@@ -99,7 +103,7 @@ class Setup:
             return Searcher(self.engines, weights, **self.sampling)
         from search.remote import ElasticSearcher
 
-        return ElasticSearcher(self.engines, self.remote, weights, **self.sampling)
+        return ElasticSearcher(self.engines, [*self.remote.values()], weights, **self.sampling)
 
     def show(self) -> None:
         """Print the settings and the first prompt."""
@@ -140,13 +144,13 @@ def prepare(config: Config) -> Setup:
     """
     for chatty in ("torchao", "torch.utils._pytree"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    shown_only = config.dry_run or config.plan
+    shown_only, cluster = config.dry_run or config.plan, Counter[str]()
     with contextlib.nullcontext() if shown_only else timed("importing PyTorch and transformers"):
-        train_device, search_devices = devices(config.train_device, config.search_devices)
+        train_device, search_devices = devices(config.train_device, config.search_devices, config.judge_devices)
         if any(map(on_cluster, [*search_devices, *config.judge_devices])):
             from search.remote import connect
 
-            connect()
+            cluster = connect()
         if not shown_only:
             start_fork_server(preload="cpu" in search_devices)
         from transformers.utils.logging import disable_progress_bar
@@ -184,7 +188,8 @@ def prepare(config: Config) -> Setup:
         train_cores=train_cores,
         search_cores=search_cores,
         engines=[],
-        remote=[],
+        remote={},
+        cluster=cluster,
         buffer=Buffer(
             config.capacity, EVICTION[config.evict], REPLAY[config.replay], config.seed,
             NEAR_DUPLICATES[config.near_duplicates], config.near_duplicate_distance, config.buffer_gib * 2**30,
@@ -213,7 +218,7 @@ def prepare(config: Config) -> Setup:
             1 if remote else max(1, len(search_cores) // here),
         )
         if remote:
-            setup.remote.append((engine, *remote[1:]))
+            setup.remote[device] = engine, *remote[1:]
         else:
             setup.engines.append(engine)
     return setup

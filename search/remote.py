@@ -9,6 +9,7 @@ in flight on it is requested of another engine, and the actor is requested anew.
 import asyncio
 import logging
 import os
+import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,8 +32,8 @@ RETRY_SECONDS = 2, 60  # between the end of an engine and the next in its place:
 log = logging.getLogger("tba")
 
 
-def connect() -> None:
-    """Connect to the cluster that RAY_ADDRESS names, or that this machine is a node of.
+def connect() -> Counter[str]:
+    """Connect to the cluster that RAY_ADDRESS names, or that this machine is a node of; returns its resources.
 
     Raises:
         ValueError: there is none.
@@ -45,19 +46,17 @@ def connect() -> None:
     }
     try:
         if address.startswith("ray://"):
-            raise ConnectionError("this machine must be a node of the cluster")
+            raise ConnectionError("this machine must be one of its nodes: RAY_ADDRESS=HOST:PORT without ray://")
+        if address != "auto":  # which Ray would try for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         if not ray.is_initialized():
             ray.init(address, runtime_env=runtime, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         reason, start = " ".join(str(error).split()), "`ray start --head` starts one, docs/cluster.md says more"
         raise ValueError(f"no Ray cluster can be reached at {address!r}: {start} ({reason:.200})") from None
     ray._private.worker.print_to_stdstream = lambda *_, **__: None  # what a raylet printed last, when its node goes
-
-
-def room() -> str:
-    """What the cluster has, in words."""
-    there = Counter(ray.cluster_resources())
-    return f"{there['GPU']:.0f} GPUs and {there['CPU']:.0f} CPUs"
+    return Counter(ray.cluster_resources())
 
 
 def actor(host: type, gpu: bool, *arguments, **options) -> Any:
@@ -166,7 +165,8 @@ class ElasticSearcher(Searcher):
         """Let the engines load the staged weights. Those on the cluster are not waited for, but for the first ones."""
         await asyncio.gather(self._publish(), super().load_weights())
         if not self.began:
-            log.info("waiting for engines on the cluster, which has %s", room())
+            has, least = Counter(ray.cluster_resources()), sum(least for _, least, _ in self.groups)
+            log.info("waiting for %d engines; the cluster has %d GPUs, %d CPU cores", least, has["GPU"], has["CPU"])
         await self._until(lambda: self.began or self.failure)
         if self.failure:
             raise self.failure

@@ -9,6 +9,7 @@ grouped queries, repeated for each head; and the mask of rows that share a promp
 """
 
 import contextlib
+import itertools
 import logging
 import weakref
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from transformers import PreTrainedConfig
 from buffer import Group, Response
 from config import Config
 from rewards.judges import Judge, load_config_and_tokenizer
+from run.devices import on_cluster
 from run.setup import Setup
 from search.engine import EngineSettings
 from tasks import Task
@@ -174,8 +176,10 @@ def full_passes(config: Config, prompt: int, share: bool) -> tuple[list[Group], 
     return groups, fit, largest
 
 
-def memory(device: str) -> int:
-    """Bytes: all that a GPU has, or what the host has available."""
+def memory(device: str) -> float:
+    """Bytes: all that a GPU has, or what the host has available; inf where that is not known, on a cluster."""
+    if on_cluster(device):
+        return float("inf")
     gpu = device != "cpu"
     return torch.cuda.get_device_properties(device).total_memory if gpu else psutil.virtual_memory().available
 
@@ -221,7 +225,7 @@ class Plan:
         """(device, what takes its memory, bytes); "cpu" is the host."""
         setup, config, needs, train = self.setup, self.config, self.needs, self.setup.train_device
         kind = {4: "fp32", 2: "bf16"}[weights_dtype(config.optimizer).itemsize]
-        engine_kind, width = ("fp32", 4) if "cpu" in setup.search_devices else ("bf16", 2)
+        engine_kind, width = ("fp32", 4) if "cpu" in " ".join(setup.search_devices) else ("bf16", 2)
         yield train, f"policy, {kind}", needs.policy
         if config.has_reference:
             frozen_kind = "its linear layers in bf16" if self.cuda and kind == "fp32" else kind
@@ -230,7 +234,8 @@ class Plan:
         yield train, f"gradients, {kind}", needs.policy
         yield train, f"activations of a pass of {needs.tokens:,} tokens{', at most' * self.cuda}", needs.activations
         weights = width * needs.staged
-        yield train if self.cuda and width == 2 else "cpu", f"weights for the engines, {engine_kind}", weights
+        on_gpu = self.cuda and width == 2 and not setup.remote
+        yield train if on_gpu else "cpu", f"weights for the engines, {engine_kind}", weights
         if self.cuda:
             yield train, "CUDA's own (a guess)", CUDA_TRAINER
         for engine in setup.engines:
@@ -240,8 +245,16 @@ class Plan:
             own = ("engine: the process", PROCESS) if device == "cpu" else ("engine: its own (a guess)", CUDA_ENGINE)
             yield device, *own
             yield device, f"engine: keys and values of {tokens:,} tokens, {fit}", count
-        if judges := judge_weights(setup.task):
-            yield setup.search_devices[-1], f"models that score, {engine_kind}", width * judges
+        for device, (engine, _, _) in setup.remote.items():
+            cpu, room = engine.device == "cpu", engine.kv_cache_memory_bytes
+            yield device, f"each engine: weights, {engine_kind}", weights
+            yield device, *(("each engine: the process", PROCESS) if cpu else ("its own (a guess)", CUDA_ENGINE))
+            yield device, *(("each engine: keys and values", room) if cpu else ("keys and values: what is left", 0))
+        if setup.remote:
+            yield "cpu", "weights in Ray's object store, of two syncs", 2 * weights
+        judges = list(zip(judge_weights(setup.task), itertools.cycle(setup.judge_devices), strict=False))
+        for device in dict.fromkeys(device for _, device in judges):
+            yield device, f"models that score, {engine_kind}", width * sum(n for n, where in judges if where == device)
         yield "cpu", "copy of policy and moments, while a checkpoint is written", needs.policy + needs.moments
         yield "cpu", "buffer, when it is full", self.buffer
         yield "cpu", "the process", PROCESS
@@ -256,7 +269,7 @@ class Plan:
         print(f"the split: --train-device {setup.train_device} --search-devices {' '.join(setup.search_devices)}")
         print(f"\n{'device':<18} {'memory':>10}  what")
         alike: dict[tuple, list[str]] = {}  # devices that hold the same are shown once
-        for device in dict.fromkeys([setup.train_device, *setup.search_devices, "cpu"]):
+        for device in dict.fromkeys([setup.train_device, *setup.search_devices, *setup.judge_devices, "cpu"]):
             held = tuple((what, count) for where, what, count in self.rows() if where == device)
             alike.setdefault((held, memory(device)), []).append(device)
         problems: list[str] = []
@@ -265,7 +278,9 @@ class Plan:
             total = sum(count for _, count in held)
             for i, (what, count) in enumerate(held):
                 print(f"{'' if i else name:<18} {shown(count):>10}  {what}")
-            print(f"{'':<18} {shown(total):>10}  in all, of {shown(there)}" + ": too much" * (total > there))
+            cluster = f"for each; the cluster has {setup.cluster['GPU']:.0f} GPUs, {setup.cluster['CPU']:.0f} CPU cores"
+            of = cluster if there == float("inf") else f"of {shown(there)}"
+            print(f"{'':<18} {shown(total):>10}  in all, {of}" + ": too much" * (total > there))
             problems += self.problems(devices[0], total - there)
         verdict = f"It {'may' if self.cuda else 'does'} not fit: " if problems else "It fits"
         print(f"\n{verdict}{'; '.join(problems)}.")
@@ -277,6 +292,10 @@ class Plan:
         if any(self.cache(engine)[1] < engine.max_model_len for engine in engines):
             more = "a higher --gpu-memory-utilization, " * (device != "cpu")
             yield f"an engine on {device} cannot hold a response: {more}a lower --max-tokens or a smaller --model helps"
+        if device in self.setup.remote:
+            engine, least, _ = self.setup.remote[device]
+            if (has := self.setup.cluster["CPU" if engine.device == "cpu" else "GPU"]) < least:
+                yield f"{device} waits until the cluster has {least} for its engines, and it has {has:.0f}"
         if lack <= 0:
             return
         fewer = "--micro-batch-tokens" if needs.tokens > needs.group else "--responses-per-prompt"
@@ -292,10 +311,10 @@ class Plan:
         yield f"{device} lacks {'at most ' * (trains and self.cuda)}{shown(lack)}: {ways} helps"
 
 
-def judge_weights(task: Task) -> int:
-    """How many weights the task's frozen models have."""
+def judge_weights(task: Task) -> list[int]:
+    """How many weights each of the task's frozen models has."""
     values = [value if isinstance(value, list) else [value] for value in vars(task).values()]
     judges = {id(each): each for several in values for each in several if isinstance(each, Judge)}
     with FakeTensorMode():
         models = [getattr(transformers, judge.auto_class).from_config(judge.config) for judge in judges.values()]
-    return sum(weight.numel() for model in models for weight in model.parameters())
+    return [sum(weight.numel() for weight in model.parameters()) for model in models]
