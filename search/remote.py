@@ -12,13 +12,14 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 import torch
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
 
 from config import RunError
 from search.engine import CALL_SECONDS, EngineDied, EngineSettings
@@ -113,12 +114,13 @@ class RemoteEngine:
         reference = method.remote(*arguments)
         try:
             return await reference
-        except RayActorError as error:  # its process has ended, or its node cannot be reached
-            self.dead = True
-            raise EngineDied("it died") from error
-        except RayError as error:  # the method raised, or no process could be made for it
-            cause = error.cause if isinstance(error, RayTaskError) else error
+        except (RayTaskError, RuntimeEnvSetupError) as error:  # the method raised, or no process could be made for it
+            cause = getattr(error, "cause", error)
             raise RuntimeError(" ".join(f"{type(cause).__name__}: {cause}".split())) from error
+        except RayError as error:  # its process has ended, or its node cannot be reached
+            self.dead = True
+            why = "it died" if isinstance(error, RayActorError) else " ".join(str(error).split()).partition(". ")[0]
+            raise EngineDied(why) from error
         except asyncio.CancelledError:
             ray.cancel(reference)
             raise
@@ -149,7 +151,9 @@ class ElasticSearcher(Searcher):
     async def __aenter__(self) -> "ElasticSearcher":
         """Start the engines of this machine, and request the others."""
         for group, (settings, _, most) in enumerate(self.groups):
-            self.members += [asyncio.create_task(self._member(group, settings)) for _ in range(most)]
+            for _ in range(most):
+                own = replace(settings, seed=settings.seed + len(self.members))
+                self.members.append(asyncio.create_task(self._member(group, own)))
         await super().__aenter__()
         return self
 
@@ -195,7 +199,7 @@ class ElasticSearcher(Searcher):
                     tasks.create_task(self._feed(engine))
             except* Exception as errors:
                 self._left(engine, errors.exceptions[0])
-                pause = RETRY_SECONDS[0] if engine.version >= 0 else min(2 * pause, longest)
+                pause = RETRY_SECONDS[0] if engine.agreed else min(2 * pause, longest)
             finally:
                 engine.end()
             await asyncio.sleep(pause)
