@@ -127,7 +127,9 @@ class Config:
     train_devices: Annotated[tuple[str, ...], MAY_CHANGE] = ("auto",)
     """Where the policy is trained: auto, cpu, cuda:0, ...; several hold a shard of it each (FSDP2)."""
     search_devices: Annotated[tuple[str, ...], MAY_CHANGE] = ("auto",)
-    """Where engines run, one a device: auto, cpu, cuda:1, ..."""
+    """Where engines run, one a device: auto, cpu, cuda:1, ...; on a Ray cluster ray:N GPUs, ray:N-M, ray:cpu:N."""
+    judge_devices: Annotated[tuple[str, ...], MAY_CHANGE] = ()
+    """Where models that score are: cpu, cuda:1, ..., ray:1 or ray:cpu:1; by default beside the last local engine."""
     gpu_memory_utilization: Annotated[float, Ge(0), Le(1), MAY_CHANGE] = 0.0
     """Share of a GPU's memory that an engine takes; 0: 0.9 of a GPU of its own, 0.4 of one shared with the trainer."""
     eval_every: Annotated[int, Ge(0), MAY_CHANGE] = 100

@@ -65,13 +65,10 @@ class TBA:
 
     async def search(self) -> None:
         """Search prompt after prompt: keep the engines full, and stay within --search-ahead of training."""
-        room = asyncio.Semaphore(max(1, 2 * self.searcher.slots // self.config.search_responses))  # half queue
         async with asyncio.TaskGroup() as group:
             while True:
-                await room.acquire()
-                await self.until(lambda: not self.too_far_ahead())
-                searching = group.create_task(self.search_prompt(next(self.sampler)))
-                searching.add_done_callback(lambda _: room.release())
+                await self.until(lambda: not self.too_far_ahead() and not self.full())
+                group.create_task(self.search_prompt(next(self.sampler)))
 
     async def search_prompt(self, prompt_id: int) -> None:
         self.store(await self.rollout(prompt_id))
@@ -103,6 +100,10 @@ class TBA:
         allowed = max(config.prime, batch) + config.search_ahead * batch * (self.progress.step + 1)
         self.paused = self.primed() and requested >= allowed
         return self.paused
+
+    def full(self) -> bool:
+        """Whether twice as many responses are requested as engines have in flight: half queue."""
+        return len(self.sampler.in_flight) >= max(1, 2 * self.searcher.slots // self.config.search_responses)
 
     # ---- train: B prompts x K responses -> one update ----
 
@@ -185,9 +186,9 @@ class TBA:
 
     async def answer(self, prompt: Prompt, room: asyncio.Semaphore) -> Answered:
         """A greedy response to a test prompt and sampled ones, with their rewards (nan where one fails)."""
-        k, logprobs = self.config.eval_samples, self.task.evaluation_logprobs
+        k, logprobs, version = self.config.eval_samples, self.task.evaluation_logprobs, self.progress.engine_step
         async with room:
-            generate = functools.partial(self.searcher.generate, prompt.tokens)
+            generate = functools.partial(self.searcher.generate, prompt.tokens, version=version)
             greedy, samples = await asyncio.gather(generate(1, temperature=0.0), generate(k, logprobs=logprobs))
         self.watchdog.beat("response")
         await self.rewards(prompt.problem, greedy + samples)
@@ -280,7 +281,7 @@ async def started(setup: Setup) -> AsyncIterator[TBA]:
             trainer = await asyncio.get_running_loop().run_in_executor(thread, load)
         with timed(f"starting vLLM on {', '.join(setup.search_devices)}"):
             weights = StagedWeights(trainer.layout, setup.search_devices, trainer.policy.dtype, trainer.device)
-            searcher = await stack.enter_async_context(Searcher(setup.engines, weights, **setup.sampling))
+            searcher = await stack.enter_async_context(setup.searcher(weights))
         await stack.enter_async_context(setup.task.serving(setup))
         yield TBA(setup, trainer, thread, searcher)
 

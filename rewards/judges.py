@@ -1,6 +1,6 @@
 """Frozen models that score responses: reward models, toxicity classifiers, guards, embedders, language models.
 
-Each lives on a search device and computes in a thread of its own, so that neither generation nor training waits for it.
+Each lives on a device and computes in a thread of its own, so that neither generation nor training waits for it.
 Requests that arrive during one batch make up the next.
 """
 
@@ -36,10 +36,8 @@ def load_config_and_tokenizer(model: str, field: str) -> tuple[Any, Any]:
     if model == "embedded":
         raise ValueError(f"{field} is 'embedded', which only Countdown has: it must be a Hugging Face folder or hub id")
     try:
-        config, tokenizer = (
-            each.from_pretrained(model, trust_remote_code=False) for each in (AutoConfig, AutoTokenizer)
-        )
-        return config, tokenizer
+        safe = {"trust_remote_code": False}
+        return AutoConfig.from_pretrained(model, **safe), AutoTokenizer.from_pretrained(model, **safe)
     except Exception as error:  # transformers lets through what its parsers raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{field} is {model!r}: it must be a Hugging Face folder or hub id ({reason})") from None
@@ -69,7 +67,7 @@ class Judge:
 
     @contextlib.asynccontextmanager
     async def loaded(self, device: str, cores: set[int]) -> AsyncIterator[None]:
-        """Load the weights on a device and score what is asked, on these CPU cores, until the context is left.
+        """Load the weights on a device (ray:1: of a cluster) and score what is asked, until the context is left.
 
         Then the forward pass under way ends, and no other begins.
         """
@@ -94,9 +92,8 @@ class Judge:
 
     def encode(self, texts: Sequence) -> Sequence[Collection[int]]:
         """The token ids of each text."""
-        return self.tokenizer(
-            texts, truncation=True, max_length=self.max_length, add_special_tokens=self.add_special_tokens
-        ).input_ids
+        options = dict(truncation=True, max_length=self.max_length, add_special_tokens=self.add_special_tokens)
+        return self.tokenizer(texts, **options).input_ids
 
     def forward(self, tokens, mask):
         """A tensor for each row [B, ...] of token ids [B, T], which are padded on the right: mask [B, T] is 0 there."""
@@ -122,6 +119,11 @@ class Judge:
                     future.set_result(result)
 
     def _load(self, device: str) -> None:
+        if device.startswith("ray:"):
+            from search.remote import hosted
+
+            vars(self)["_compute"] = hosted(self, device)  # in place of its own
+            return
         import torch
         import transformers
 
@@ -150,8 +152,7 @@ class Judge:
                 mask = torch.zeros_like(tokens)
                 for row, b in enumerate(batch):
                     tokens[row, : len(ids[b])], mask[row, : len(ids[b])] = torch.as_tensor(ids[b]), 1
-                device = self.model.device
-                results = self.forward(tokens.to(device), mask.to(device)).float().cpu().numpy()
+                results = self.forward(tokens.to(self.model.device), mask.to(self.model.device)).float().cpu().numpy()
                 for b, result in zip(batch, results, strict=True):
                     values[b] = result
         return values
@@ -295,8 +296,7 @@ class Embedder(Judge):
 
 
 class LanguageModel(Judge):
-    """Log-probabilities of a sequence of token ids [T], of each but the first: [T - 1, temperatures], or more rows,
-    which are 0.
+    """Log-probabilities of token ids [T], of each but the first: [T - 1, temperatures]; further rows are 0.
 
     Args:
         temperatures: by which logits are divided, one after the other.

@@ -14,6 +14,7 @@ from annotated_types import Ge, Gt, Le
 from buffer import EVICTION, REPLAY
 from config import Config, OneOf
 from loss import OBJECTIVES
+from run.devices import on_cluster
 from tasks import import_file
 
 BOUNDS = {Ge: ("at least", operator.ge), Gt: ("above", operator.gt), Le: ("at most", operator.le)}
@@ -115,13 +116,26 @@ def check(config: Config) -> None:
     for name in ("beta", "beta_final") if annealed else ("beta",):
         if config.objective.needs_beta and not getattr(config, name):
             refuse(name, f"above 0 with loss {config.loss}")
+    searching, training = config.search_devices or ("",), config.train_devices or ("",)
+    placed = {"train_devices": training, "search_devices": searching, "judge_devices": config.judge_devices}
+    for name, device in ((name, device) for name, devices in placed.items() for device in devices):
+        kind, _, index = device.partition(":")
+        try:
+            remote = name != "train_devices" and on_cluster(device)
+        except ValueError as error:
+            refuse(name, str(error))
+        words = ("cpu",) if name == "judge_devices" else ("auto", "cpu")
+        if not (remote or device in words or (kind == "cuda" and index.isdecimal())):
+            refuse(name, f"{', '.join(words)}, or cuda with a number, as in cuda:1")
+        if remote and not importlib.util.find_spec("ray"):
+            raise ValueError(f"{name} is {device!r}, and ray is not installed: pip install ray")
+        if remote and remote[1:] != (1, 1) and name == "judge_devices":
+            refuse(name, "ray:1 or ray:cpu:1 on a cluster, given once for each model")
+        if remote and config.strict and name == "search_devices":
+            refuse(name, "of this machine with strict, for nothing waits until engines on a cluster have new weights")
     for name in ("train_devices", "search_devices"):
-        devices = getattr(config, name)
-        for device in devices or [""]:
-            kind, _, index = device.partition(":")
-            if not (device in ("auto", "cpu") or (kind == "cuda" and index.isdecimal())):
-                refuse(name, "auto, cpu, or cuda with a number, as in cuda:1")
-        if len(set(devices)) < len(devices) and "cpu" not in devices:
+        others = [device for device in placed[name] if device != "cpu"]
+        if len(set(others)) < len(others):
             refuse(name, "devices that differ")
     ranks = len(config.train_devices)
     if len({device.partition(":")[0] for device in config.train_devices}) > 1:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,27 @@ from multiprocessing import forkserver
 from search.engine import PRELOAD, context
 
 
-def devices(train: Sequence[str], search: Sequence[str]) -> tuple[list[str], list[str]]:
+def on_cluster(word: str) -> tuple[str, int, int] | None:
+    """Of a device on a Ray cluster its kind, and how many engines there must be and may be; None for a local one.
+
+    Raises:
+        ValueError: says what it must be.
+
+    >>> on_cluster("ray:16"), on_cluster("ray:cpu:2-4"), on_cluster("cuda:1")
+    (('cuda', 16, 16), ('cpu', 2, 4), None)
+    """
+    if word.partition(":")[0] != "ray":
+        return None
+    found = re.fullmatch(r"ray:(cpu:)?(\d+)(?:-(\d+))?", word, re.ASCII)
+    if not found:
+        raise ValueError("ray:N or ray:N-M (GPUs), ray:cpu:N or ray:cpu:N-M, as in ray:4-64")
+    least, most = int(found[2]), int(found[3] or found[2])
+    if not 0 < least <= most:
+        raise ValueError("at least 1, and the second number no lower, as in ray:4-64")
+    return "cpu" if found[1] else "cuda", least, most
+
+
+def devices(train: Sequence[str], search: Sequence[str], judges: Sequence[str] = ()) -> tuple[list[str], list[str]]:
     """The devices that train and those that search: of several GPUs "auto" is the first to train, the others to search.
 
     Raises:
@@ -21,15 +42,18 @@ def devices(train: Sequence[str], search: Sequence[str]) -> tuple[list[str], lis
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if list(train) == ["auto"]:
         train = [gpu for gpu in gpus if gpu not in search][:1] or gpus[:1] or ["cpu"]
-    if list(search) == ["auto"]:
+    remote = [device for device in search if on_cluster(device)]
+    search = [device for device in search if device not in remote]
+    if search == ["auto"]:
         search = [gpu for gpu in gpus if gpu not in train] or gpus or ["cpu"]
-    for name, some in (("train_devices", train), ("search_devices", search)):
+    local = [device for device in judges if not on_cluster(device)]
+    for name, some in (("train_devices", train), ("search_devices", search), ("judge_devices", local)):
         for device in some:
             if device != "cpu" and device not in gpus:
                 raise ValueError(f"{name} has {device!r}: this machine has {', '.join(['cpu', *gpus])}")
     if gpus and "cpu" in search:
         raise ValueError("search_devices is 'cpu': with GPUs vLLM is installed for them and searches nowhere else")
-    return list(train), list(search)
+    return list(train), [*search, *remote]
 
 
 def cores() -> tuple[frozenset[int], frozenset[int]]:

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +24,12 @@ from run import checkpoint
 from run.check import is_run_folder, register_own
 from run.checkpoint import Checkpoints
 from run.console import printable, timed
-from run.devices import cores, devices, start_fork_server
+from run.devices import cores, devices, on_cluster, start_fork_server
 from run.metrics import Metrics
 from run.prompts import Prompt, PromptSampler, demonstrations, tokenize
 from run.snapshot import read_buffer
 from search.engine import MAX_NUM_SEQS, EngineSettings
+from search.searcher import Searcher
 
 if TYPE_CHECKING:
     from train.trainer import Trainer
@@ -68,7 +70,9 @@ class Setup:
     search_devices: list[str]
     train_cores: frozenset[int]
     search_cores: frozenset[int]
-    engines: list[EngineSettings]
+    engines: list[EngineSettings]  # of this machine
+    remote: dict[str, tuple[EngineSettings, int, int]]  # of a cluster: how many of each there must be and may be
+    cluster: Counter[str]  # what Ray says that it has
     buffer: Buffer
     sampler: PromptSampler
     lock: IO | None = None
@@ -104,6 +108,24 @@ class Setup:
         make, own = functools.partial(ShardedTrainer, config=plain, **model), functools.partial(register_own, plain)
         with Ranks(make, self.train_devices, own, self.train_cores, self.out / "engine.log") as ranks:
             yield ranks.trainer
+
+    @property
+    def local_devices(self) -> list[str]:
+        """Devices of this machine that search, or the one that trains where none does."""
+        return [device for device in self.search_devices if not on_cluster(device)] or self.train_devices[:1]
+
+    @property
+    def judge_devices(self) -> list[str]:
+        """Devices of the models that score, which take them in turn."""
+        return list(self.config.judge_devices) or self.local_devices[-1:]
+
+    def searcher(self, weights: Any) -> Searcher:
+        """The searcher, whose engines take their weights from a staging tensor."""
+        if not self.remote:
+            return Searcher(self.engines, weights, **self.sampling)
+        from search.remote import ElasticSearcher
+
+        return ElasticSearcher(self.engines, [*self.remote.values()], weights, **self.sampling)
 
     def show(self) -> None:
         """Print the settings and the first prompt."""
@@ -144,9 +166,13 @@ def prepare(config: Config) -> Setup:
     """
     for chatty in ("torchao", "torch.utils._pytree"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    shown_only = config.dry_run or config.plan
+    shown_only, cluster = config.dry_run or config.plan, Counter[str]()
     with contextlib.nullcontext() if shown_only else timed("importing PyTorch and transformers"):
-        train_devices, search_devices = devices(config.train_devices, config.search_devices)
+        train_devices, search_devices = devices(config.train_devices, config.search_devices, config.judge_devices)
+        if any(map(on_cluster, [*search_devices, *config.judge_devices])):
+            from search.remote import connect
+
+            cluster = connect()
         if not shown_only:
             start_fork_server(preload="cpu" in search_devices)
         from transformers.utils.logging import disable_progress_bar
@@ -184,6 +210,8 @@ def prepare(config: Config) -> Setup:
         train_cores=train_cores,
         search_cores=search_cores,
         engines=[],
+        remote={},
+        cluster=cluster,
         buffer=Buffer(
             config.capacity, EVICTION[config.evict], REPLAY[config.replay], config.seed,
             NEAR_DUPLICATES[config.near_duplicates], config.near_duplicate_distance, config.buffer_gib * 2**30,
@@ -199,23 +227,27 @@ def prepare(config: Config) -> Setup:
 
         Plan(setup).choose_devices()
         train_devices, search_devices = setup.train_devices, setup.search_devices
-    count = len(search_devices)
-    for i, device in enumerate(search_devices):
+    places = [(device, on_cluster(device)) for device in search_devices]
+    here = sum(remote is None for _, remote in places)
+    count = here + sum(remote[1] for _, remote in places if remote)
+    for i, (device, remote) in enumerate(places):
+        kind = remote[0] if remote else device
         share = config.gpu_memory_utilization or (0.4 if device in train_devices else 0.9)
-        largest = MAX_NUM_SEQS[device.split(":")[0]]
-        setup.engines.append(
-            EngineSettings(
-                device,
-                model,
-                max_model_len,
-                config.seed + setup.state.get("step", 0) + i,
-                out / "engine.log",
-                sequences_per_engine(config, count, largest),
-                share,
-                search_cores,
-                max(1, len(search_cores) // count),
-            )
+        engine = EngineSettings(
+            kind,
+            model,
+            max_model_len,
+            config.seed + setup.state.get("step", 0) + i,
+            out / "engine.log",
+            sequences_per_engine(config, count, MAX_NUM_SEQS[kind.split(":")[0]]),
+            share,
+            frozenset() if remote else search_cores,
+            1 if remote else max(1, len(search_cores) // here),
         )
+        if remote:
+            setup.remote[device] = engine, *remote[1:]
+        else:
+            setup.engines.append(engine)
     return setup
 
 

@@ -98,6 +98,8 @@ def status(tba: "TBA") -> str:
         f"the rewards of {tba.rewards.waiting} prompts are pending",
         f"the buffer has {len(tba.buffer)} responses to {len(tba.buffer.prompts)} prompts",
     ]
+    if not searcher.gauges()["engines"]:
+        parts.append("no engine is there: search waits for one to join")
     if any(engine.replacement for engine in searcher.engines):
         parts.append("an engine that died is being replaced")
     if tba.paused:

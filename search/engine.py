@@ -56,6 +56,7 @@ class Engine:
         self.settings = settings
         self.in_flight = 0  # responses that were requested of it and have not come
         self.agreed = False  # with the trainer, once
+        self.difference = 0.0, 0.0  # from it after the last sync, mean and largest, in nats a token
         self.replacement: asyncio.Task | None = None  # under way since it died
         self.dead = False
         self.reason = ""  # why it died, where it said so

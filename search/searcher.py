@@ -39,6 +39,7 @@ class Searcher:
         self.weights, self.sampling = weights, sampling
         self.weights_lock = asyncio.Lock()  # held while `weights` is written, or read out of turn
         self.engines = [Engine(each) for each in engines]
+        self.remote: list[Any] = []  # engines on other machines, which come and go (remote.py)
         self.restarts = 0
         self._deaths: list[float] = []  # when
 
@@ -63,16 +64,17 @@ class Searcher:
     @property
     def slots(self) -> int:
         """Sequences that all engines together have in flight at most."""
-        return sum(engine.settings.slots for engine in self.engines)
+        return sum(engine.settings.slots for engine in [*self.engines, *self.remote])
 
     @property
     def in_flight(self) -> int:
         """Responses that were requested and have not come."""
-        return sum(engine.in_flight for engine in self.engines)
+        return sum(engine.in_flight for engine in [*self.engines, *self.remote])
 
     def gauges(self) -> dict[str, float]:
         """Figures for metrics.jsonl."""
-        return {"engine_restarts": self.restarts}
+        engines = sum(not engine.dead for engine in [*self.engines, *self.remote])
+        return {"engines": engines, "engine_restarts": self.restarts}
 
     async def generate(
         self,
@@ -82,6 +84,7 @@ class Searcher:
         temperature: float | None = None,
         logprobs: bool = False,
         seed: int | None = None,
+        version: int = 0,
     ) -> list[Response]:
         """n responses to a prompt's tokens [P].
 
@@ -89,20 +92,20 @@ class Searcher:
             temperature: other than the searcher's; 0: greedy.
             logprobs: note each token's log-probability as it was drawn, temperature included.
             seed: of their sampling.
+            version: of the oldest weights that may begin them: remote engines are not waited for in a sync.
         """
         sampling = self.sampling | {"n": n, "seed": seed, "logprobs": 0 if logprobs else None}  # of no other tokens
         if temperature is not None:
             sampling["temperature"] = temperature
-        engine = min(self.engines, key=lambda each: (each.dead, each.in_flight))
         while True:
+            engine = await self._least_busy(version)
             engine.in_flight += n
             try:
                 return await engine.call("generate", np.asarray(prompt).tolist(), sampling)
             except EngineDied:
-                pass
+                await self._replacement(engine)
             finally:
                 engine.in_flight -= n
-            engine = await self._replacement(engine)
 
     async def load_weights(self) -> None:
         """Let every engine load the staged weights between two of its steps; what is in flight goes on with them.
@@ -131,17 +134,22 @@ class Searcher:
         """
         if not np.isfinite(expected).all():
             raise RunError("the policy's log-probabilities are not finite: it has diverged (a lower --lr may help)")
-        limit, mean, largest = self.weights.tolerance, 0.0, 0.0
         for engine, logprobs in await self._all("prompt_logprobs", np.asarray(probe).tolist()):
-            difference = np.abs(logprobs - expected)
-            if (strict or not engine.agreed) and not difference.mean() <= limit:
-                raise RunError(
-                    f"the engine on {engine.settings.device} and the trainer differ by {difference.mean():.2g} nats a "
-                    f"token on average, above {limit}, after a sync: what it samples from is not what is trained"
-                )
-            engine.agreed = True
-            mean, largest = max(mean, float(difference.mean())), max(largest, float(difference.max()))
-        return {"sync_diff_mean": mean, "sync_diff_max": largest}
+            self._compare(engine, logprobs, expected, strict)
+        mean, largest = zip((0.0, 0.0), *(engine.difference for engine in [*self.engines, *self.remote]), strict=True)
+        return {"sync_diff_mean": max(mean), "sync_diff_max": max(largest)}
+
+    def _compare(self, engine: Any, logprobs: np.ndarray, expected: np.ndarray, strict: bool) -> None:
+        difference, limit = np.abs(logprobs - expected), self.weights.tolerance
+        if (strict or not engine.agreed) and not difference.mean() <= limit:
+            raise RunError(
+                f"the engine on {engine.settings.device} and the trainer differ by {difference.mean():.2g} nats a "
+                f"token on average, above {limit}, after a sync: what it samples from is not what is trained"
+            )
+        engine.agreed, engine.difference = True, (float(difference.mean()), float(difference.max()))
+
+    async def _least_busy(self, version: int) -> Engine:
+        return min(self.engines, key=lambda each: (each.dead, each.in_flight))
 
     async def _all(self, method: str, *arguments) -> list[tuple[Engine, Any]]:
         """(engine, result) of a call to each engine; where one dies, of its replacement."""

@@ -25,7 +25,7 @@ class StagedWeights:
 
     Args:
         layout: (name, shape) of each weight, `Trainer.layout`.
-        engines: their devices. On the trainer's GPU the copy stays there where all of them are GPUs.
+        engines: their devices. On the trainer's GPU the copy stays there where all of them are this machine's GPUs.
         dtype: of the trainer's weights.
         device: of the trainer.
     """
@@ -38,11 +38,11 @@ class StagedWeights:
         device: torch.device = CPU,
     ):
         self.layout, self.device = layout, device
-        on_gpu = all(engine.startswith("cuda") for engine in engines)
+        on_gpu, here = ("cpu" not in " ".join(engines)), ("ray" not in " ".join(engines))
         self.dtype = torch.bfloat16 if on_gpu else torch.float32
         self.tolerance = TOLERANCE[torch.bfloat16 if torch.bfloat16 in (self.dtype, dtype) else torch.float32]
         self.version = 0  # the trainer's step that the copy is of
-        self.allocate(on_gpu and device.type == "cuda")
+        self.allocate(on_gpu and here and device.type == "cuda")
 
     def allocate(self, share_cuda: bool) -> None:
         """Allocate the copy, on the trainer's GPU or in host memory, and the handle by which others open it."""
@@ -84,6 +84,8 @@ def open_flat(handle: dict) -> Tensor:
     """The staging tensor, opened by its handle."""
     if "ipc" in handle:  # a pickle, but of the program's own, through a pipe that nobody else has
         return ForkingPickler.loads(handle["ipc"])
+    if "array" in handle:  # which is in Ray's object store
+        return torch.from_numpy(handle["array"]).view(getattr(torch, handle["dtype"]))
     return torch.from_file(handle["path"], shared=True, size=handle["size"], dtype=getattr(torch, handle["dtype"]))
 
 

@@ -44,28 +44,33 @@ def serve(pipe, settings: "EngineSettings") -> None:
         signal.signal(number, signal.SIG_IGN)
     log = os.open(settings.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(log, 1), os.dup2(log, 2)
+    outbox: SimpleQueue = SimpleQueue()  # sent by a thread: if both ends waited to send, none would receive
+    sender = threading.Thread(target=lambda: [pipe.send(message) for message in iter(outbox.get, None)])
+    sender.start()
+    work(pipe, outbox.put, settings)
+    outbox.put(None)
+    sender.join()
+
+
+def work(pipe, send: Callable, settings: "EngineSettings") -> None:
+    """Run an engine in this thread. Calls come by `pipe`, answers go by `send`; of call 0 first, when it is ready."""
     multiprocessing.set_start_method("fork", force=True)  # its locks have no names then, which would outlive it
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's core runs in this process
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     if settings.device == "cpu":
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         os.environ["OMP_NUM_THREADS"] = str(settings.threads)
-        os.sched_setaffinity(0, settings.cores)
+        os.sched_setaffinity(0, settings.cores or os.sched_getaffinity(0))
         torch.set_num_threads(settings.threads)
-    outbox: SimpleQueue = SimpleQueue()  # sent by a thread: if both ends waited to send, none would receive
-    sender = threading.Thread(target=lambda: [pipe.send(message) for message in iter(outbox.get, None)])
-    sender.start()
     try:
         # As LLM, it has up to 16,384 tokens in a step, by the GPU's name and memory; an engine by itself has 2,048.
         engine = LLMEngine.from_engine_args(engine_args(settings), UsageContext.LLM_CLASS)
-        worker = Worker(pipe, outbox.put, engine, settings.slots)
-        outbox.put((0, None, None))
+        worker = Worker(pipe, send, engine, settings.slots)
+        send((0, None, None))
         worker.loop()
     except BaseException as error:
         traceback.print_exc()
-        outbox.put((0, None, f"{type(error).__name__}: {error}"))
-    outbox.put(None)
-    sender.join()
+        send((0, None, f"{type(error).__name__}: {error}"))
 
 
 def _end_with_program() -> None:
@@ -132,23 +137,18 @@ class Worker:
         self.staged = dict(views_of(open_flat(handle), handle["layout"]))
         self.send((call, None, None))
 
-    def load_weights(self, call: int, version: int) -> None:
-        """Load the staged weights: sequences in flight go on under the new ones.
+    def load_weights(self, call: int, version: int, handle: dict | None = None) -> None:
+        """Load the staged weights, or those of another handle: sequences in flight go on under the new ones.
 
         Plain `load_weights` is a copy, a fraction of what vLLM's layerwise reloading takes, and right for dense models,
         which `run.setup.check_policy` sees to, and `Searcher.check_agreement`.
         """
-        self.engine.apply_model(self._load)
+        weights = self.staged if handle is None else dict(views_of(open_flat(handle), handle["layout"]))
+        self.engine.apply_model(lambda model: load(model, dict(weights)))
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the trainer may write the staging tensor again
         self.version = version
         self.send((call, None, None))
-
-    def _load(self, model: torch.nn.Module) -> None:
-        weights = dict(self.staged)
-        if not (hasattr(model, "lm_head") or hasattr(model, "language_model")):
-            weights.pop("lm_head.weight", None)  # Gemma 2 has the tied embeddings alone
-        model.load_weights(weights.items())
 
     def running(self, call: int) -> None:
         """Sequences in flight, from the next step on."""
@@ -190,6 +190,13 @@ class Worker:
             for each in output.outputs
         ]
         self.send((call, responses, None))
+
+
+def load(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Let vLLM's model load weights that have transformers' names."""
+    if not (hasattr(model, "lm_head") or hasattr(model, "language_model")):
+        weights.pop("lm_head.weight", None)  # Gemma 2 has the tied embeddings alone
+    model.load_weights(weights.items())
 
 
 @register_model_loader("unpacked")

@@ -96,8 +96,8 @@ class Task:
         `reward`, `embed` and `evaluate` are called inside only.
 
         Args:
-            setup: the run's `Setup`; search_devices (list of str), search_cores (set of CPU cores) and out, the run's
-                folder, are what a task may want.
+            setup: the run's `Setup`; judge_devices (list of str, of `--judge-devices`), search_cores (set of CPU cores)
+                and out, the run's folder, are what a task may want.
         """
         yield
 

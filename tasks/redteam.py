@@ -118,10 +118,10 @@ class Task(tasks.Task):
 
     @contextlib.asynccontextmanager
     async def serving(self, setup) -> AsyncIterator[None]:
-        config, device, cores = self.config, setup.search_devices[-1], setup.search_cores
+        config, cores, judges = self.config, setup.search_cores, setup.judge_devices
         engine = EngineSettings(
-            device=device, model=config.victim, max_model_len=self.victim_length, seed=config.seed, load_weights=True,
-            cores=frozenset(cores), threads=len(cores), log=setup.out / "engine.log",
+            device=setup.local_devices[-1], model=config.victim, max_model_len=self.victim_length, seed=config.seed,
+            load_weights=True, cores=frozenset(cores), threads=len(cores), log=setup.out / "engine.log",
             gpu_memory_utilization=config.victim_memory,
         )  # fmt: skip
         victim = Searcher(
@@ -130,8 +130,8 @@ class Task(tasks.Task):
         )  # fmt: skip
         async with (
             victim as self.victim,
-            self.classifier.loaded(device, cores),
-            self.embedder.loaded(device, cores),
+            self.classifier.loaded(judges[0], cores),
+            self.embedder.loaded(judges[-1], cores),
         ):
             yield
 

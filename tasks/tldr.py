@@ -10,6 +10,7 @@ The defaults are the paper's for Pythia 1B on 4 GPUs.
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -79,8 +80,8 @@ class Task(tasks.Task):
     @contextlib.asynccontextmanager
     async def serving(self, setup) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
-            for judge in self.judges:
-                await stack.enter_async_context(judge.loaded(setup.search_devices[-1], setup.search_cores))
+            for judge, device in zip(self.judges, itertools.cycle(setup.judge_devices), strict=False):
+                await stack.enter_async_context(judge.loaded(device, setup.search_cores))
             yield
 
     async def reward(self, problem: Problem, responses: list[tasks.Response]) -> list[float]:

@@ -86,12 +86,12 @@ def forked(target: Callable, *arguments) -> multiprocessing.Process:
 
 
 @contextlib.contextmanager
-def started(*arguments) -> Iterator[SimpleNamespace]:
+def started(*arguments, **environment: str) -> Iterator[SimpleNamespace]:
     """The command in a process of its own, forked from one that has imported everything, which spares 8 seconds; has
     `process`, and `said()`, what it printed so far. It hears Ctrl-C, which shells silence in the background."""
     with tempfile.TemporaryDirectory() as folder:
         (printed := Path(folder) / "printed").touch()
-        process = forked(_run, [*map(str, arguments)], str(printed))
+        process = forked(_run, [*map(str, arguments)], str(printed), environment)
         try:
             yield SimpleNamespace(process=process, said=lambda: printed.read_text(errors="replace"))
         finally:
@@ -103,7 +103,8 @@ forkserver = multiprocessing.get_context("forkserver")
 PRELOAD += ["tests.runs", "tba", "train.trainer", "rewards.judges", "tyro"]
 
 
-def _run(arguments: list[str], printed: str) -> None:
+def _run(arguments: list[str], printed: str, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
     # Its own tracker and Python's own start method, as any program has: what it leaves when it is killed would else
     # stay until these tests end.
     resource_tracker._resource_tracker._fd = resource_tracker._resource_tracker._pid = None

@@ -18,11 +18,9 @@ def top(name: str) -> str:
     return name.split(".")[0]
 
 
-OPTIONAL = {
-    "train.lora",
-    "train.ranks",
-    "train.sharded",
-}  # what a setting needs, and imports only then
+OPTIONAL = {f"train.{name}" for name in ("lora", "ranks", "sharded")}  # what a setting needs, and imports only then
+RAY = {"search.remote", "search.host"}
+OPTIONAL |= RAY
 CORE = [path for name, path in MODULES.items() if FLOORS[top(name)] < 3 or name == "tba"]
 SMALL = [path for path in CORE if path not in [MODULES[name] for name in OPTIONAL]]
 
@@ -67,6 +65,10 @@ def test_only_an_engine_imports_vllm():
 @pytest.mark.parametrize("name", sorted(MODULES.keys() - OPTIONAL))
 def test_what_is_optional_is_imported_by_functions_only(name):
     assert not ours(MODULES[name], functions=False) & OPTIONAL
+
+
+def test_only_what_is_optional_imports_ray():
+    assert {name for name, path in MODULES.items() if "ray" in map(top, imports(path))} == RAY
 
 
 def test_there_are_no_circles():

@@ -418,7 +418,7 @@ def test_tldr_figures_are_those_of_their_definitions(tldr_models, tldr):
         lengths.append((len(tokens), len(prompt)))
 
     async def evaluate():
-        async with each.serving(SimpleNamespace(search_devices=["cpu"], search_cores={0}, out=Path())):
+        async with each.serving(SimpleNamespace(judge_devices=["cpu"], search_cores={0}, out=Path())):
             return await each.evaluate(answers)
 
     figures, (t, p) = asyncio.run(evaluate()), np.sum(lengths, axis=0)
@@ -502,7 +502,8 @@ def test_redteam_serves_its_models_beside_the_engines(redteam_models, monkeypatc
     each = task(tasks.redteam, **redteam_models, victim_replies=2, victim_top_p=0.5, victim_memory=0.2, seed=7)
 
     async def run() -> list[float]:
-        async with each.serving(SimpleNamespace(search_devices=["cuda:1", "cpu"], search_cores={0}, out=tmp_path)):
+        places = dict(local_devices=["cuda:1", "cpu"], judge_devices=["cpu"])
+        async with each.serving(SimpleNamespace(**places, search_cores={0}, out=tmp_path)):
             (victim,) = entered
             (engine,) = victim.engines
             assert victim.sampling == {"temperature": 0.7, "max_tokens": 30, "top_p": 0.5}

@@ -9,6 +9,7 @@ mask of rows that share a prompt, which is dense. Where several devices train, e
 """
 
 import contextlib
+import itertools
 import logging
 import math
 import weakref
@@ -30,6 +31,7 @@ from transformers import PreTrainedConfig
 from buffer import Group, Response
 from config import Config
 from rewards.judges import Judge, load_config_and_tokenizer
+from run.devices import on_cluster
 from search.engine import EngineSettings
 from tasks import Task
 from train.model import cast_linears, decoder_layers
@@ -219,8 +221,10 @@ def split(needs: Needs, config: Config, gpus: int, each: float) -> int:
     return next((n for n in range(fewest, most) if gpus - n <= config.search_ahead * n), most)
 
 
-def memory(device: str) -> int:
-    """Bytes: all that a GPU has, or what the host has available."""
+def memory(device: str) -> float:
+    """Bytes: all that a GPU has, or what the host has available; inf where that is not known, on a cluster."""
+    if on_cluster(device):
+        return float("inf")
     gpu = device != "cpu"
     return torch.cuda.get_device_properties(device).total_memory if gpu else psutil.virtual_memory().available
 
@@ -273,12 +277,13 @@ class Plan:
     def rows(self) -> Iterator[tuple[str, str, float]]:
         """(device, what takes its memory, bytes); "cpu" is the host."""
         setup, config, needs, ranks = self.setup, self.config, self.needs, self.setup.train_devices
-        engine_kind, width = ("fp32", 4) if "cpu" in setup.search_devices else ("bf16", 2)
+        engine_kind, width = ("fp32", 4) if "cpu" in " ".join(setup.search_devices) else ("bf16", 2)
         for device in ranks:
             for what, count in of_trainer(needs, config, self.cuda, len(ranks)).items():
                 yield device, what, count
         weights = width * needs.staged
-        yield ranks[0] if self.cuda and width == 2 else "cpu", f"weights for the engines, {engine_kind}", weights
+        on_gpu = self.cuda and width == 2 and not setup.remote
+        yield ranks[0] if on_gpu else "cpu", f"weights for the engines, {engine_kind}", weights
         for engine in setup.engines:
             device, (count, tokens) = engine.device, self.cache(engine)
             fit = f"{min(tokens // engine.max_model_len, engine.slots):,} of the longest responses at a time"
@@ -286,8 +291,16 @@ class Plan:
             own = ("engine: the process", PROCESS) if device == "cpu" else ("engine: its own (a guess)", CUDA_ENGINE)
             yield device, *own
             yield device, f"engine: keys and values of {tokens:,} tokens, {fit}", count
-        if judges := judge_weights(setup.task):
-            yield setup.search_devices[-1], f"models that score, {engine_kind}", width * judges
+        for device, (engine, _, _) in setup.remote.items():
+            cpu, room = engine.device == "cpu", engine.kv_cache_memory_bytes
+            yield device, f"each engine: weights, {engine_kind}", weights
+            yield device, *(("each engine: the process", PROCESS) if cpu else ("its own (a guess)", CUDA_ENGINE))
+            yield device, *(("each engine: keys and values", room) if cpu else ("keys and values: what is left", 0))
+        if setup.remote:
+            yield "cpu", "weights in Ray's object store, of two syncs", 2 * weights
+        judges = list(zip(judge_weights(setup.task), itertools.cycle(setup.judge_devices), strict=False))
+        for device in dict.fromkeys(device for _, device in judges):
+            yield device, f"models that score, {engine_kind}", width * sum(n for n, where in judges if where == device)
         if config.lora_rank:
             yield "cpu", "merged weights, fp32, while the policy is saved at the end", 4 * needs.staged
         else:
@@ -307,7 +320,7 @@ class Plan:
         print(f"the split: --train-devices {train} --search-devices {search}")
         print(f"\n{'device':<18} {'memory':>10}  what")
         alike: dict[tuple, list[str]] = {}  # devices that hold the same are shown once
-        for device in dict.fromkeys([*setup.train_devices, *setup.search_devices, "cpu"]):
+        for device in dict.fromkeys([*setup.train_devices, *setup.search_devices, *setup.judge_devices, "cpu"]):
             held = tuple((what, count) for where, what, count in self.rows() if where == device)
             alike.setdefault((held, memory(device)), []).append(device)
         problems: list[str] = []
@@ -316,7 +329,9 @@ class Plan:
             total = sum(count for _, count in held)
             for i, (what, count) in enumerate(held):
                 print(f"{'' if i else name:<18} {shown(count):>10}  {what}")
-            print(f"{'':<18} {shown(total):>10}  in all, of {shown(there)}" + ": too much" * (total > there))
+            cluster = f"for each; the cluster has {setup.cluster['GPU']:.0f} GPUs, {setup.cluster['CPU']:.0f} CPU cores"
+            of = cluster if there == float("inf") else f"of {shown(there)}"
+            print(f"{'':<18} {shown(total):>10}  in all, {of}" + ": too much" * (total > there))
             problems += self.problems(devices[0], total - there)
         verdict = f"It {'may' if self.cuda else 'does'} not fit: " if problems else "It fits"
         print(f"\n{verdict}{'; '.join(problems)}.")
@@ -328,6 +343,10 @@ class Plan:
         if any(self.cache(engine)[1] < engine.max_model_len for engine in engines):
             more = "a higher --gpu-memory-utilization, " * (device != "cpu")
             yield f"an engine on {device} cannot hold a response: {more}a lower --max-tokens or a smaller --model helps"
+        if device in self.setup.remote:
+            engine, least, _ = self.setup.remote[device]
+            if (has := self.setup.cluster["CPU" if engine.device == "cpu" else "GPU"]) < least:
+                yield f"{device} waits until the cluster has {least} for its engines, and it has {has:.0f}"
         if lack <= 0:
             return
         fewer = "--micro-batch-tokens" if needs.tokens > needs.group else "--responses-per-prompt"
@@ -346,10 +365,10 @@ class Plan:
         yield f"{device} lacks {'at most ' * (trains and self.cuda)}{shown(lack)}: {ways} helps"
 
 
-def judge_weights(task: Task) -> int:
-    """How many weights the task's frozen models have."""
+def judge_weights(task: Task) -> list[int]:
+    """How many weights each of the task's frozen models has."""
     values = [value if isinstance(value, list) else [value] for value in vars(task).values()]
     judges = {id(each): each for several in values for each in several if isinstance(each, Judge)}
     with FakeTensorMode():
         models = [getattr(transformers, judge.auto_class).from_config(judge.config) for judge in judges.values()]
-    return sum(weight.numel() for model in models for weight in model.parameters())
+    return [sum(weight.numel() for weight in model.parameters()) for model in models]
