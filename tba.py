@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from buffer import Group
 from rewards.guard import Rewards
-from run import cli, state
+from run import cli, start, state
 from run.console import Watchdog, timed
 from run.devices import cpu_affinity
 from run.prompts import Prompt
@@ -277,11 +277,11 @@ async def started(setup: Setup) -> AsyncIterator[TBA]:
             stack.enter_context(opened)
         thread = stack.enter_context(ThreadPoolExecutor(1, "train", pin_thread, (setup.train_cores,)))
         with timed(f"loading the policy on {', '.join(setup.train_devices)}"):  # first: engines take what is left
-            load = stack.enter_context(setup.trainer())
+            load = stack.enter_context(start.trainer(setup))
             trainer = await asyncio.get_running_loop().run_in_executor(thread, load)
         with timed(f"starting vLLM on {', '.join(setup.search_devices)}"):
             weights = StagedWeights(trainer.layout, setup.search_devices, trainer.policy.dtype, trainer.device)
-            searcher = await stack.enter_async_context(setup.searcher(weights))
+            searcher = await stack.enter_async_context(start.searcher(setup, weights))
         await stack.enter_async_context(setup.task.serving(setup))
         yield TBA(setup, trainer, thread, searcher)
 

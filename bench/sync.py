@@ -32,7 +32,6 @@ from bench.session import session
 from bench.table import parser, table
 from search.engine import Engine
 from tba import TBA
-from train.model import named_weights
 
 SYNCS = 5  # in each repeat
 
@@ -91,7 +90,7 @@ async def repeat(run: TBA) -> dict[str, float]:
     elsewhere = torch.empty_like(weights.flat)
 
     def fill() -> None:
-        weights.write(run.progress.step, named_weights(run.trainer.policy))
+        weights.write(run.progress.step, run.trainer.named())
         weights.wait()
 
     async def copying(work: Callable) -> float:

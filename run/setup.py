@@ -2,37 +2,31 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 
 import tasks
 from buffer import EVICTION, NEAR_DUPLICATES, REPLAY, Buffer, Response
 from config import Config
-from rewards.judges import load_config_and_tokenizer
 from run import checkpoint
-from run.check import is_run_folder, register_own
+from run.check import is_run_folder
 from run.checkpoint import Checkpoints
 from run.console import printable, timed
 from run.devices import cores, devices, on_cluster, start_fork_server
 from run.metrics import Metrics
+from run.policy import load_tokenizer
 from run.prompts import Prompt, PromptSampler, demonstrations, tokenize
 from run.snapshot import read_buffer
 from search.engine import MAX_NUM_SEQS, EngineSettings
-from search.searcher import Searcher
-
-if TYPE_CHECKING:
-    from train.trainer import Trainer
 
 PROBE_TOKENS = 64  # on which engines and trainer are compared after each sync
 
@@ -92,23 +86,6 @@ class Setup:
         """How engines sample responses."""
         return {name: getattr(self.config, name) for name in ("temperature", "max_tokens", "min_tokens")}
 
-    @contextlib.contextmanager
-    def trainer(self) -> Iterator[Callable[[], "Trainer"]]:
-        """What loads the trainer, in whichever thread, with the other ranks beside it where several devices train."""
-        plain = Config(**{name.name: getattr(self.config, name.name) for name in dataclasses.fields(Config)})
-        model = dict(model=self.model, end_token=self.tokenizer.eos_token_id, checkpoint=self.resume)
-        if len(self.train_devices) == 1:
-            from train.trainer import Trainer
-
-            yield functools.partial(Trainer, config=plain, device=self.train_devices[0], **model)
-            return
-        from train.ranks import Ranks
-        from train.sharded import ShardedTrainer
-
-        make, own = functools.partial(ShardedTrainer, config=plain, **model), functools.partial(register_own, plain)
-        with Ranks(make, self.train_devices, own, self.train_cores, self.out / "engine.log") as ranks:
-            yield ranks.trainer
-
     @property
     def local_devices(self) -> list[str]:
         """Devices of this machine that search, or the one that trains where none does."""
@@ -118,14 +95,6 @@ class Setup:
     def judge_devices(self) -> list[str]:
         """Devices of the models that score, which take them in turn."""
         return list(self.config.judge_devices) or self.local_devices[-1:]
-
-    def searcher(self, weights: Any) -> Searcher:
-        """The searcher, whose engines take their weights from a staging tensor."""
-        if not self.remote:
-            return Searcher(self.engines, weights, **self.sampling)
-        from search.remote import ElasticSearcher
-
-        return ElasticSearcher(self.engines, [*self.remote.values()], weights, **self.sampling)
 
     def show(self) -> None:
         """Print the settings and the first prompt."""
@@ -261,63 +230,6 @@ def sequences_per_engine(config: Config, engines: int, largest: int) -> int:
     batch = config.prompts_per_step * config.responses_per_prompt
     wanted = math.ceil(min(2, config.search_ahead) * batch / engines)
     return config.max_num_seqs or min(largest, max(config.search_responses, wanted))
-
-
-def load_tokenizer(model: str, weights: bool = True) -> tuple[Any, int]:
-    """The policy's tokenizer, and the longest sequence that the policy takes, in tokens.
-
-    Args:
-        model: a Hugging Face folder or hub id.
-        weights: whether a folder must have them.
-
-    Raises:
-        ValueError: there is no such model, or it cannot be trained here.
-    """
-    config, tokenizer = load_config_and_tokenizer(model, "model")
-    try:
-        check_policy(config)
-    except Exception as error:  # whatever a model's code raises
-        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
-        raise ValueError(f"model is {model!r}: it cannot be trained here ({reason})") from None
-    folder = Path(model)
-    if weights and folder.is_dir() and not any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
-        raise ValueError(f"model is {model!r}: it must be a folder with weights (*.safetensors)")
-    longest = getattr(config, "max_position_embeddings", None) or 2**20
-    window = getattr(config, "sliding_window", None)  # packed rows have none: sequences must stay inside it
-    return tokenizer, min(longest, window or longest)
-
-
-def check_policy(config: Any) -> None:
-    """Refuse a model that cannot be the policy, from its config alone: it is made, and run, without any weights.
-
-    Raises:
-        Exception: says why not.
-    """
-    import torch
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    from train.model import load_model, token_logprobs
-
-    kind = next(iter(config.architectures or []), None)
-    if kind and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        raise ValueError(f"it is a {kind}, and no language model that generates text")
-    if getattr(config, "quantization_config", None):
-        raise ValueError("its weights are quantized")
-    text, nowhere = config.get_text_config(), torch.device("meta")
-    with nowhere:
-        policy = load_model(config, torch.float32, "cpu")
-        tokens, visible = torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 1, 4, 4, dtype=torch.bool)
-    if any(part in name for name, _ in policy.named_parameters() for part in ("experts", "router")):
-        raise ValueError("it is a mixture of experts: only dense models can be trained")
-    if policy._is_stateful or {*(getattr(text, "layer_types", None) or [])} - {"full_attention", "sliding_attention"}:
-        raise ValueError("its layers are not all attention, as prompts that responses share need")
-    if any(isinstance(each, WeightConverter) for each in get_model_conversion_mapping(policy, add_legacy=False)):
-        raise ValueError("transformers keeps its weights in another layout than its files and vLLM")
-    with torch.no_grad():  # as the trainer calls it
-        rows = policy.base_model(input_ids=tokens, position_ids=tokens, attention_mask=visible, use_cache=False)
-        token_logprobs(policy, rows.last_hidden_state[0], tokens[0], 1.0)
 
 
 def load_checkpoint(setup: Setup) -> None:

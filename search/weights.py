@@ -24,19 +24,13 @@ class StagedWeights:
     """A copy of the policy's weights that other processes can read.
 
     Args:
-        layout: (name, shape) of each weight, `Trainer.layout`.
+        layout: (name, shape) of each weight, as of `Trainer.layout`.
         engines: their devices. On the trainer's GPU the copy stays there where all of them are this machine's GPUs.
         dtype: of the trainer's weights.
         device: of the trainer.
     """
 
-    def __init__(
-        self,
-        layout: list[tuple[str, list[int]]],
-        engines: Sequence[str],
-        dtype: torch.dtype = torch.float32,
-        device: torch.device = CPU,
-    ):
+    def __init__(self, layout: list, engines: Sequence[str], dtype: torch.dtype = torch.float32, device=CPU):
         self.layout, self.device = layout, device
         on_gpu, here = ("cpu" not in " ".join(engines)), ("ray" not in " ".join(engines))
         self.dtype = torch.bfloat16 if on_gpu else torch.float32

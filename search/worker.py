@@ -141,7 +141,7 @@ class Worker:
         """Load the staged weights, or those of another handle: sequences in flight go on under the new ones.
 
         Plain `load_weights` is a copy, a fraction of what vLLM's layerwise reloading takes, and right for dense models,
-        which `run.setup.check_policy` sees to, and `Searcher.check_agreement`.
+        which `run.policy.check_policy` sees to, and `Searcher.check_agreement`.
         """
         weights = self.staged if handle is None else dict(views_of(open_flat(handle), handle["layout"]))
         self.engine.apply_model(lambda model: load(model, dict(weights)))

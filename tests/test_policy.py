@@ -5,7 +5,7 @@ import shutil
 import pytest
 from transformers import AutoConfig
 
-from run.setup import check_policy, load_tokenizer
+from run.policy import check_policy, load_tokenizer
 
 SMALL = dict(
     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,

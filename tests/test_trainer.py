@@ -25,7 +25,8 @@ from loss import OBJECTIVES, tb
 from run.check import limits
 from run.snapshot import trainer_writer
 from search.weights import StagedWeights
-from train.model import cast_linears, compile_layers
+from train.cuda import compile_layers
+from train.model import cast_linears
 from train.packing import Packed, pack, packed_length, sharing_is_faster
 from train.trainer import Trainer
 

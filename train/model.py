@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -41,15 +41,6 @@ def dense_attention(model: PreTrainedModel) -> str:
     return "sdpa_without_mask" if model._can_set_attn_implementation() else "sdpa"  # Falcon's own cannot be named
 
 
-def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """(name, weight) of a model's weights as in a checkpoint, its adapter merged; tied weights come under each name."""
-    if not hasattr(model, "peft_config"):
-        return model.named_parameters(remove_duplicate=False)
-    from train.lora import merged_weights
-
-    return merged_weights(model)
-
-
 def cast_linears(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Cast the fp32 weights of a model's linear layers to `dtype`, in place; not those that are trained.
 
@@ -68,19 +59,6 @@ def cast_linears(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """A model's decoder layers, which architectures name differently: its longest list of modules."""
     return max((m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)), key=len)
-
-
-def compile_layers(model: PreTrainedModel, activation_memory_budget: float) -> None:
-    """Compile each decoder layer by itself. The compiler's settings are those of the thread that calls this."""
-    import torch._functorch.config
-
-    torch._functorch.config.activation_memory_budget = activation_memory_budget
-    # All layers share the graphs of their code: by model, kind of rows, and whether there is one, a trainer's are 9. At
-    # torch's own limit, 8, layers would run without being compiled, and nothing would say so.
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    for layer in decoder_layers(model):
-        layer.compile()
 
 
 class _States(BaseModelOutputWithPast):

@@ -17,14 +17,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
 from buffer import Group, Response
 from config import Config
 from loss import Batch
 from train.transfer import to_device
 
-BLOCK = 128  # tokens: flex attention skips, or computes, so many queries by so many keys at a time
+BLOCK = 128  # tokens: flex attention skips, or computes, so many queries by so many keys at a time (cuda.py)
 
 
 @dataclass(slots=True)
@@ -86,10 +85,8 @@ def pack(groups: list[Group], device: torch.device, flex: bool = False, share: b
     else:
         whole = np.diff(unit_start, append=num_tokens)
         longest = int(whole.max())
-        shape, at = (
-            (len(units), longest),
-            np.arange(num_tokens) + (np.arange(len(units)) * longest - unit_start)[unit][part],
-        )
+        shape = len(units), longest
+        at = np.arange(num_tokens) + (np.arange(len(units)) * longest - unit_start)[unit][part]
 
     def rows(values: np.ndarray, padding: int) -> np.ndarray:
         padded = np.full(shape[0] * shape[1], padding)
@@ -108,45 +105,19 @@ def pack(groups: list[Group], device: torch.device, flex: bool = False, share: b
     )
     visible, (R, T) = mask_mod(segments, group_id), shape
     if flex:
+        from train.cuda import block_mask
+
         prompt_of = np.flatnonzero(is_prompt)[unit]
-        mask = block_mask(visible, rows(part, len(parts))[0], rows(prompt_of[part], len(parts))[0], device)
+        mask = block_mask(visible, rows(part, len(parts))[0], rows(prompt_of[part], len(parts))[0], BLOCK, device)
     else:  # by broadcasting, which takes a fraction of flex attention's create_mask
         row, column = torch.arange(R, device=device)[:, None, None], torch.arange(T, device=device)
         mask = visible(row, None, column[:, None], column)[:, None]
     return Packed(tokens, positions, mask, source, target, response_index, in_response, responses, num_tokens)
 
 
-def block_mask(visible: Callable, part_T: np.ndarray, prompt_T: np.ndarray, device: torch.device) -> BlockMask:
-    """The mask `visible` of one row, by counting: `create_block_mask` would build T x T truth values. A token is of a
-    part, a prompt or a response, and attends to the part that is its prompt too; parts are in ascending order."""
-    blocks, parts = len(part_T) // BLOCK, part_T[-1] + 1
-
-    def tokens(of_T: np.ndarray, counted_T: np.ndarray | None = None) -> np.ndarray:  # by block and part
-        at = np.arange(len(of_T)) // BLOCK * parts + of_T
-        return np.bincount(at, counted_T, blocks * parts).reshape(blocks, parts).astype(np.float32)
-
-    keys = tokens(part_T)
-    pairs = (keys + tokens(prompt_T, prompt_T != part_T)) @ keys.T  # that attend, by block: up to 128^2, so exact
-    earlier = np.tri(blocks, k=-1, dtype=bool)  # the keys' block is before the queries'; on the diagonal it is partial
-    full = earlier & (pairs == BLOCK**2)
-    partial = earlier & (pairs > 0) & ~full | np.eye(blocks, dtype=bool)
-    tables = [
-        to_device(table.astype(np.int32)[None, None], device)
-        for blocks_NN in (partial, full)
-        for table in (blocks_NN.sum(1), np.argsort(~blocks_NN, axis=1, kind="stable"))
-    ]
-    return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=BLOCK, mask_mod=visible)
-
-
 def loss_batch(groups: list[Group], packed: Packed, logprobs_N: Tensor, config: Config, names: set[str]) -> Batch:
-    """The objective's input: each group with its K responses, those that it has several times included.
-
-    Args:
-        groups: of a micro-batch, `packed`.
-        logprobs_N: the policy's, of the response tokens.
-        config: says what the objective reads.
-        names: of `Response.per_token`, of the whole update.
-    """
+    """The objective's input: each group with its K responses, those that it has several times included. `names` are
+    those of `Response.per_token` in the whole update."""
     unique, device = packed.responses, logprobs_N.device
     index = {id(response): u for u, response in enumerate(unique)}
     index_BK = to_device(np.array([[index[id(r)] for r in group.responses] for group in groups]), device)
@@ -186,14 +157,8 @@ def micro_batches(groups: list[Group], max_tokens: int, share: bool) -> Iterator
 
 
 def sharing_is_faster(groups: list[Group], flex: bool, parameters: int, width: int) -> bool:
-    """Whether groups that share their prompts are computed faster than padded rows.
-
-    Args:
-        groups: of an update.
-        flex: under flex attention.
-        parameters: of the model, how many.
-        width: its hidden size times its layers.
-    """
+    """Whether groups that share their prompts are computed faster than padded rows, by a model with so many parameters
+    and a width of its hidden size times its layers; `flex`: under flex attention."""
     tokens = {share: np.array([packed_length(group, share) for group in groups]) for share in (True, False)}
     if flex:  # which skips masked blocks: on an H100 a token took 1.3 to 1.5 times as long, whatever the shape
         return bool(1.4 * tokens[True].sum() < tokens[False].sum())

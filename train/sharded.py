@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from buffer import Group, Response
 from config import RunError
-from train.model import compile_layers, decoder_layers, load_model, named_weights
+from train.model import decoder_layers, load_model
 from train.optimizer import out_of_memory, weights_dtype
 from train.packing import Packed, micro_batches, pack, packed_length
 from train.ranks import Ranks, on_every_rank
@@ -70,6 +70,8 @@ class ShardedTrainer(Trainer):
             self.lora.add_adapter(loaded, self.config, self.adapter)
         precision = MixedPrecisionPolicy(self.compute, torch.float32) if cuda else MixedPrecisionPolicy()
         if cuda:
+            from train.cuda import compile_layers
+
             compile_layers(loaded, self.config.activation_memory_budget)
         for module in [*decoder_layers(loaded), loaded]:
             fully_shard(module, mesh=self.mesh, mp_policy=precision, reshard_after_forward=True)
@@ -136,7 +138,7 @@ class ShardedTrainer(Trainer):
 
     @on_every_rank
     def _stage(self, probe: np.ndarray, step: int) -> HostCopy:
-        whole = ((name, weight.full_tensor()) for name, weight in named_weights(self.policy))
+        whole = ((name, weight.full_tensor()) for name, weight in self.named())
         if self.rank:
             for _ in whole:
                 pass

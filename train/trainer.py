@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from buffer import Group, Response
 from config import Config, RunError
 from loss import Batch
-from train.model import cast_linears, compile_layers, dense_attention, load_model, named_weights, token_logprobs
+from train.model import cast_linears, dense_attention, load_model, token_logprobs
 from train.optimizer import forget_half_made_state, make_optimizer, out_of_memory, take_step, weights_dtype
 from train.packing import Packed, loss_batch, micro_batches, pack, packed_length, sharing_is_faster
 from train.transfer import HostCopy, Pending
@@ -41,9 +41,6 @@ class Trainer:
         device: of policy and reference.
         end_token: the tokenizer's, which ends a response as the model's own do.
         checkpoint: a folder that `run.snapshot` wrote, to go on from.
-
-    Raises:
-        RunError: the device has too little memory.
     """
 
     def __init__(
@@ -61,17 +58,9 @@ class Trainer:
         reset = checkpoint and (checkpoint / "reference").is_dir()
         self.lora = import_module("train.lora") if config.lora_rank else None
         self.adapter = checkpoint  # the folder that has it, where there is one
-        try:
-            self.policy = self.reference = self.load(model if self.lora else checkpoint or model)
-            if config.has_reference and not self.lora:
-                self.reference = self.load(checkpoint / "reference" if reset else model, frozen=True)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            raise RunError(
-                f"out of memory on {device} while loading policy and reference: choose a smaller --model, another "
-                "--train-devices, or lower --gpu-memory-utilization where an engine shares it"
-            ) from None
+        self.policy = self.reference = self.load(model if self.lora else checkpoint or model)
+        if config.has_reference and not self.lora:
+            self.reference = self.load(checkpoint / "reference" if reset else model, frozen=True)
         own = self.policy.generation_config.eos_token_id
         ends = {end_token, *(own if isinstance(own, list) else [own])} - {None}
         self.end_tokens = torch.tensor(sorted(ends), dtype=torch.long, device=self.device)
@@ -99,6 +88,8 @@ class Trainer:
         if self.lora:
             self.lora.add_adapter(loaded, self.config, self.adapter)
         if self.device.type == "cuda":
+            from train.cuda import compile_layers
+
             compile_layers(loaded, self.config.activation_memory_budget)
             torch.cuda.empty_cache()  # of what was cast: an engine on this GPU counts what is free
         return loaded
@@ -117,9 +108,12 @@ class Trainer:
         """The weights of the policy, its adapter or the reference, whole; merged ones are copies on the host."""
         return {name: weight if isinstance(weight, nn.Parameter) else weight.cpu() for name, weight in self.named(of)}
 
-    def named(self, of: str) -> Iterable[tuple[str, Tensor]]:
-        """(name, weight) of the weights of the policy, its adapter or the reference."""
-        return self.lora.adapter_weights(self.policy).items() if of == "adapter" else named_weights(getattr(self, of))
+    def named(self, of: str = "policy") -> Iterable[tuple[str, Tensor]]:
+        """(name, weight) of the policy, its adapter or the reference as in a checkpoint; tied ones by each name."""
+        if self.lora:
+            lora, policy = self.lora, self.policy
+            return lora.adapter_weights(policy).items() if of == "adapter" else lora.merged_weights(policy)
+        return getattr(self, of).named_parameters(remove_duplicate=False)
 
     def optimizer_state(self) -> dict:
         """The optimiser's state, whole."""
@@ -285,5 +279,5 @@ class Trainer:
     def stage(self, weights: "StagedWeights", probe: np.ndarray, step: int) -> HostCopy:
         """Copy the policy's weights to where the engines load them from; returns what it gives the probe."""
         self.staged = weights
-        weights.write(step, named_weights(self.policy))
+        weights.write(step, self.named())
         return self.probe(probe)

@@ -33,21 +33,13 @@ class HostCopy:
         return self.tensor.numpy()
 
 
-class Pending:
-    """The figures of an update: on CUDA they arrive when it is done.
-
-    Args:
-        figures: figures that the device will have.
-    """
+class Pending(HostCopy):
+    """The figures of an update by their names: on CUDA they arrive when it is done."""
 
     def __init__(self, figures: dict[str, Tensor]):
-        self.names, self.copy = list(figures), HostCopy(torch.stack(list(figures.values())))
-
-    @property
-    def ready(self) -> bool:
-        """Whether the update is done."""
-        return self.copy.ready
+        super().__init__(torch.stack(list(figures.values())))
+        self.names = list(figures)
 
     def result(self) -> dict[str, float]:
-        """The figures by name; waits for them."""
-        return dict(zip(self.names, self.copy.numpy().tolist(), strict=True))
+        """The figures; waits for them."""
+        return dict(zip(self.names, self.numpy().tolist(), strict=True))
