@@ -1,16 +1,19 @@
 """Packed log-probabilities are those of plain rows, and an update is the same however it is cut."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import logging
 import resource
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -22,7 +25,7 @@ from loss import OBJECTIVES, tb
 from run.check import limits
 from run.snapshot import trainer_writer
 from search.weights import StagedWeights
-from train.model import cast_linears
+from train.model import cast_linears, compile_layers
 from train.packing import Packed, pack, packed_length, sharing_is_faster
 from train.trainer import Trainer
 
@@ -144,6 +147,36 @@ def hidden_states(folder, attention: str, batch: Packed) -> torch.Tensor:
             input_ids=batch.tokens, position_ids=batch.positions, attention_mask=mask, use_cache=False
         ).last_hidden_state
     return hidden.flatten(0, 1)[batch.source]
+
+
+def test_layers_are_compiled_for_all_that_a_trainer_computes(make_model, monkeypatch):
+    """What is compiled for CUDA, traced on the CPU: many a graph, of which none is refused, and none is made twice."""
+    graphs = []
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)  # "no backward on CPU"
+    compiled = functools.partialmethod(torch.nn.Module.compile, backend=lambda graph, _: graphs.append(graph) or graph)
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled)
+
+    def trained(architecture: str, limit: int | None = None) -> list[int]:
+        trainer = make(make_model(architecture, num_hidden_layers=1))
+        trainer.attention = "flex_attention"
+        for model in (trainer.policy, trainer.reference):
+            compile_layers(model, activation_memory_budget=1.0)
+        torch._dynamo.config.recompile_limit = limit or torch._dynamo.config.recompile_limit
+        counts = []
+        for _ in range(2):
+            trainer.probe(np.arange(20, 30, dtype=np.int32))
+            for share, groups, k in [(True, 3, 4), (True, 1, 1), (False, 2, 4), (False, 1, 1), (False, 1, 4)]:
+                trainer.shares_prompts = lambda groups, share=share: share
+                trainer.update(make_groups(50, groups, k, response=(20, 99)), lr=1e-3, beta=0.1)
+            counts.append(len(graphs))
+        return counts
+
+    with ThreadPoolExecutor(1) as thread:
+        first, second = thread.submit(trained, "llama").result()
+        assert 4 < first == second < 32
+        with pytest.raises(FailOnRecompileLimitHit):
+            thread.submit(trained, "gpt_neox", limit=2).result()  # whose layers have another code
+    assert torch._dynamo.config.recompile_limit == 8  # in another thread nothing has changed
 
 
 class NothingIsRead(TorchDispatchMode):

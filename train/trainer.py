@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from buffer import Group, Response
 from config import Config, RunError
 from loss import Batch
-from train.model import cast_linears, decoder_layers, dense_attention, load_model, token_logprobs
+from train.model import cast_linears, compile_layers, dense_attention, load_model, token_logprobs
 from train.optimizer import forget_half_made_state, make_optimizer, out_of_memory, take_step, weights_dtype
 from train.packing import Packed, micro_batches, pack, packed_length, sharing_is_faster
 from train.transfer import HostCopy, to_device
@@ -79,10 +79,8 @@ class Trainer:
             if dtype == torch.float32:
                 cast_linears(self.reference, compute)
         if on_gpu:
-            torch._functorch.config.activation_memory_budget = config.activation_memory_budget
             for each in {self.policy, self.reference}:  # which may be one
-                for layer in decoder_layers(each):
-                    layer.compile()
+                compile_layers(each, config.activation_memory_budget)
         self.parameters = sum(weight.numel() for weight in self.policy.parameters())
         self.autocast = torch.autocast("cuda", compute) if on_gpu else contextlib.nullcontext()
         self.optimizer = make_optimizer(config.optimizer, list(self.policy.parameters()))
