@@ -425,6 +425,36 @@ def test_a_reference_with_cast_linears_computes_the_same_under_autocast(make_mod
         assert not torch.equal(policy(tokens).logits, everything(tokens).logits)  # or nothing is shown
 
 
+class Casts(TorchDispatchMode):
+    """Counts the casts of weights of that shape."""
+
+    def __init__(self, shape: tuple[int, int]):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += operation is torch.ops.aten._to_copy.default and args[0].shape == self.shape
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_the_head_is_cast_once_for_all_chunks_and_their_backward_pass(make_model, tokenizer, monkeypatch, tie):
+    """Under autocast, whose own cache has no frozen weights, and none in a recomputation."""
+    trainer, groups = make(make_model("llama", tie)), make_groups(len(tokenizer))
+    cast_linears(trainer.reference, torch.bfloat16)
+    trainer.autocast = torch.autocast("cpu", torch.bfloat16)
+    found = []
+    for chunk in (2**26, 5 * len(tokenizer)):
+        monkeypatch.setattr(train.model, "CHUNK", chunk)
+        with Casts((len(tokenizer), 64)) as reference:
+            trainer.score_reference(groups)
+        with Casts((len(tokenizer), 64)) as policy:
+            found.append(gradient(trainer, groups))
+        assert (reference.count, policy.count) == (tie, 2)  # and the gradient's, back
+        groups = make_groups(len(tokenizer))
+    torch.testing.assert_close(*found, atol=0.02 * found[0].abs().max().item(), rtol=0)
+
+
 def test_a_reset_reference_is_the_policy_and_each_response_is_scored_once_more(make_model, tokenizer, monkeypatch):
     trainer, groups = make(make_model("llama", True)), make_groups(len(tokenizer))
     scored = []

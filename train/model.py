@@ -89,9 +89,14 @@ class _Given(nn.Module):
 
 def head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """From hidden states [N, H] to logits [N, V] as the model's own forward has them: Cohere and Granite scale what its
-    last layer gives, Gemma 2 soft-caps it."""
-    alone = copy.copy(model)
-    alone._modules = model._modules | {model.base_model_prefix: _Given()}
+    last layer gives, Gemma 2 soft-caps it. Under autocast its weights are cast here, once for all calls."""
+    alone, output, device = copy.copy(model), model.get_output_embeddings(), model.device.type
+    cast = copy.copy(output)
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype, weights = torch.get_autocast_dtype(device), output.named_parameters(recurse=False)
+        cast._parameters = output._parameters | {name: weight.to(dtype) for name, weight in weights}
+    modules = {name: cast if module is output else module for name, module in model._modules.items()}
+    alone._modules = modules | {model.base_model_prefix: _Given()}
     return lambda hidden_NH: alone(inputs_embeds=hidden_NH[None], use_cache=False).logits[0]
 
 
@@ -126,5 +131,5 @@ def token_logprobs(
         return of_chunk(hidden_NH, target_N, early_N)
     early = itertools.repeat(None) if early_N is None else early_N.split(size)
     chunks = zip(hidden_NH.split(size), target_N.split(size), early, strict=False)
-    results = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+    results = [checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     return torch.cat([logprob for logprob, _ in results]), torch.cat([entropy for _, entropy in results])
