@@ -1,6 +1,5 @@
 """Snapshots of the trainer and of the buffer: taken at once, written to a checkpoint's folder later."""
 
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,22 +22,27 @@ PER_TOKEN = "per_token."  # prefix of the columns of `Response.per_token`
 
 
 def trainer_writer(trainer: "Trainer") -> Callable[[Path], None]:
-    """Copy policy, optimiser and, where it was reset, reference to the host's memory.
+    """Copy policy, optimiser and, where it was reset, reference to the host's memory; a GPU is not waited for.
 
     The returned function writes them: the policy as a Hugging Face folder, the others beside it.
     """
     import torch
+    from torch.utils._pytree import tree_map_only
+
+    from train.transfer import HostCopy
 
     policy = copy_to_host(trainer.policy.state_dict())
     reference = copy_to_host(trainer.reference.state_dict()) if trainer.ref_version else None
-    optimizer = io.BytesIO()  # as bytes: torchao's state of 8 bits has no other copy
-    torch.save({"optimizer": trainer.optimizer.state_dict(), "ref_version": trainer.ref_version}, optimizer)
+    optimizer = {"optimizer": trainer.optimizer.state_dict(), "ref_version": trainer.ref_version}
+    optimizer = tree_map_only(torch.Tensor, to_host, optimizer)
+    last = HostCopy(torch.zeros(1, device=trainer.device))
 
     def write(folder: Path) -> None:
+        last.numpy()  # waits for it, and so for all
         save_model(trainer.policy, folder, policy)
         if reference is not None:
             save_model(trainer.reference, folder / "reference", reference)
-        (folder / "optimizer.pt").write_bytes(optimizer.getbuffer())
+        torch.save(optimizer, folder / "optimizer.pt")
 
     return write
 
@@ -60,12 +64,22 @@ def save_model(model: "PreTrainedModel", folder: Path, weights: dict[str, "Tenso
     model.save_pretrained(folder, state_dict=weights)
 
 
+def to_host(tensor: "Tensor") -> "Tensor":
+    """A copy in the host's memory. From a GPU it goes to pinned memory, behind all that the GPU was given before, and a
+    `HostCopy` that is made after it has not arrived before it has."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transform_subclass
+
+    if is_traceable_wrapper_subclass(tensor):  # torchao's moments of 8 bits, which know no other copy
+        return transform_subclass(tensor, lambda _, inner: to_host(inner))
+    return tensor.detach().to("cpu", non_blocking=True, copy=True)
+
+
 def copy_to_host(tensors: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
-    """Copies in the host's memory; names that share a tensor share its copy."""
+    """Copies in the host's memory, as `to_host` makes them; names that share a tensor share its copy."""
     copies: dict[int, Tensor] = {}
     for tensor in tensors.values():
         if tensor.data_ptr() not in copies:
-            copies[tensor.data_ptr()] = tensor.detach().to("cpu", copy=True)
+            copies[tensor.data_ptr()] = to_host(tensor)
     return {name: copies[tensor.data_ptr()] for name, tensor in tensors.items()}
 
 

@@ -242,7 +242,8 @@ class Plan:
             yield device, f"engine: keys and values of {tokens:,} tokens, {fit}", count
         if judges := judge_weights(setup.task):
             yield setup.search_devices[-1], f"models that score, {engine_kind}", width * judges
-        yield "cpu", "copy of policy and moments, while a checkpoint is written", needs.policy + needs.moments
+        lasts = "from the first checkpoint on" if self.cuda else "while a checkpoint is written"
+        yield "cpu", f"copy of policy and moments, {lasts}", needs.policy + needs.moments
         yield "cpu", "buffer, when it is full", self.buffer
         yield "cpu", "the process", PROCESS
 
