@@ -81,6 +81,7 @@ class Trainer:
         if on_gpu:
             for each in {self.policy, self.reference}:  # which may be one
                 compile_layers(each, config.activation_memory_budget)
+            torch.cuda.empty_cache()  # of the reference before it was cast: an engine on this GPU counts what is free
         self.parameters = sum(weight.numel() for weight in self.policy.parameters())
         self.autocast = torch.autocast("cuda", compute) if on_gpu else contextlib.nullcontext()
         self.optimizer = make_optimizer(config.optimizer, list(self.policy.parameters()))
