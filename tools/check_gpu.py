@@ -171,7 +171,8 @@ def update(device: str) -> str:
     if not np.isfinite(list(figures.values())).all():
         raise RunError(f"the update is not finite: {figures}")
     copies = [1000 * seconds(lambda: trainer_writer(trainer)) for _ in range(2)]
-    took = f"{figures['tokens']:.0f} tokens in {min(times):.3f} s (first {times[0]:.1f}), {tera:.2g} TFLOP/s, {peak:.1f} GiB"
+    took = f"{figures['tokens']:.0f} tokens in {min(times):.3f} s (first {times[0]:.1f}), {tera:.2g} TFLOP/s"
+    took += f", {peak:.1f} GiB"
     return f"{trainer.parameters / 1e6:.0f}M, {took}; checkpoint copied in {copies[1]:.0f} ms (first {copies[0]:.0f})"
 
 

@@ -8,7 +8,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, get_context, parent_process, set_start_method
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +115,7 @@ def _serve(pipe, log: Path, before: Callable[[], None], cores: frozenset[int], m
         signal.signal(number, signal.SIG_IGN)
     file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(file, 1), os.dup2(file, 2)
+    set_start_method("fork", force=True)  # its locks have no names then, which would outlive it
     _pin(cores)
     try:
         before()
