@@ -1,6 +1,6 @@
 """Checkpoints: the state of a run, in OUT/checkpoints/step-N/.
 
-    model.safetensors, config.json, ...   the policy, as a Hugging Face folder
+    model.safetensors, config.json, ...   the policy, as a Hugging Face folder; with --lora-rank its adapter, as peft's
     optimizer.pt                          the optimiser
     reference/                            the reference, where it was reset
     buffer.safetensors                    every response in the buffer, a column a field

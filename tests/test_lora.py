@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from config import Config
 from run.cli import parse
 from run.snapshot import trainer_writer
 from search.searcher import Searcher
@@ -19,7 +20,8 @@ from tests import imported
 from tests.runs import read, updates_of
 from tests.test_engines import difference, settings
 from tests.test_trainer import make, make_groups, update
-from train.lora import adapter_weights
+from train.lora import adapter_weights, add_adapter
+from train.model import cast_linears, named_weights
 from train.trainer import Trainer
 
 
@@ -75,6 +77,26 @@ def test_the_reference_is_the_policy_without_its_adapter(make_model, tokenizer, 
     tokens = torch.arange(20, 40)[None]
     with torch.no_grad():
         torch.testing.assert_close(plain(tokens).logits, trainer.policy(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_beside_weights_in_bf16_an_adapter_is_fp32_and_is_merged_in_fp32(make_model, tie):
+    """What CUDA does, with the CPU's autocast: the policy starts as exactly what it was."""
+    folder, tokens = make_model("llama", tie), torch.arange(40)[None]
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = cast_linears(AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False), torch.bfloat16)
+    add_adapter(model, Config(lora_rank=4, lora_alpha=12))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(tokens).logits, plain(tokens).logits)
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    assert len(trained) == 2 * 2 * 7 and all(weight.dtype == torch.float32 for weight in trained.values())
+    name = "model.layers.1.mlp.down_proj"
+    A, B = trained[f"{name}.lora_A.default.weight"], trained[f"{name}.lora_B.default.weight"].data.normal_()
+    merged, weights = dict(named_weights(model)), dict(named_weights(plain))
+    expected = weights[f"{name}.weight"].bfloat16().float() + 3 * (B @ A)
+    torch.testing.assert_close(merged[f"{name}.weight"], expected, atol=1e-5, rtol=1e-6)
+    assert merged.keys() == weights.keys()
+    assert torch.equal(merged["model.embed_tokens.weight"], weights["model.embed_tokens.weight"])
 
 
 def test_a_resumed_trainer_makes_the_updates_that_an_unbroken_one_makes(make_model, tokenizer, tmp_path):

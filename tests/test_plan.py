@@ -39,6 +39,12 @@ SHAPES = {  # architecture, its sizes, the run's settings, the longest prompt
         dict(responses_per_prompt=4, max_tokens=24, micro_batch_tokens=250),
         24,
     ),
+    "an adapter": (
+        "llama",
+        dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=4, num_attention_heads=8, vocab_size=4000),
+        dict(responses_per_prompt=4, max_tokens=240, micro_batch_tokens=2000, lora_rank=8),
+        40,
+    ),
 }
 
 
@@ -105,7 +111,7 @@ def test_the_planned_peak_is_the_measured_one(shape, measured):
 
 
 @pytest.mark.parametrize("cuda", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", list(SHAPES)[:3])  # of which all weights are trained
 def test_parameters_are_those_of_the_model(shape, cuda):
     config = Config(prompts_per_step=2, responses_per_prompt=2, max_tokens=4, micro_batch_tokens=16)
     small = model_config(shape, num_hidden_layers=2)
@@ -296,6 +302,19 @@ def test_bf16_weights_and_moments_of_8_bits_take_less(shown):
     assert bf16["gradients, bf16"] == bf16["policy, bf16"] == bf16["reference, bf16"]
     assert bf16["AdamW's moments, bf16"] == pytest.approx(fp32["AdamW's moments, fp32"] / 2, abs=0.1)
     assert bits8["AdamW's moments, 8 bits"] == pytest.approx(bf16["AdamW's moments, bf16"] / 2, rel=0.03, abs=0.1)
+
+
+def test_of_an_adapter_there_are_gradients_and_moments_and_no_reference_beside_the_policy(shown):
+    model, (config, prompt) = model_config("an adapter"), settings("an adapter")
+    lora, full = (estimate(model, replace(config, lora_rank=rank), prompt, cuda=True) for rank in (8, 0))
+    widths = 4 * (512 + 512) + 3 * (512 + 1408)  # of a layer's 7 linear layers
+    assert lora.trained == 4 * 8 * 4 * widths == lora.moments / 2
+    assert lora.reference == 0 and lora.policy - lora.trained == full.reference < full.policy == full.trained
+    assert lora.parameters == full.parameters + lora.trained // 4 and lora.staged == full.staged
+    assert lora.peak < full.peak - full.policy - full.trained - full.moments + 2 * lora.trained + lora.moments
+    rows = held(shown("--lora-rank", 2, gpus=2))
+    assert {"policy and reference, its linear layers in bf16", "adapter of rank 2, fp32"} <= rows.keys()
+    assert not [what for what in rows if what.startswith(("reference", "copy"))]
 
 
 def test_models_that_score_are_counted(shown, tldr, tldr_models):

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.functional import cast_adapter_dtype
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -35,10 +34,13 @@ def add_adapter(model: PreTrainedModel, config: Config, folder: Path | None = No
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.name_or_path,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
+    with torch.device("meta"):  # else peft makes it in the weights' dtype, and from the process's random state
         inject_adapter_in_model(settings, model, NAME)
-    cast_adapter_dtype(model, NAME)
+    random = torch.Generator().manual_seed(config.seed)
+    for layer in layers_of(model):
+        A, B = layer.lora_A[NAME], layer.lora_B[NAME]
+        initial_A = nn.init.kaiming_uniform_(torch.empty(A.weight.shape), a=5**0.5, generator=random)
+        A.weight, B.weight = (nn.Parameter(w.to(model.device)) for w in (initial_A, torch.zeros(B.weight.shape)))
     if folder:
         set_peft_model_state_dict(model, load_file(folder / FILE), NAME)
 
@@ -46,14 +48,18 @@ def add_adapter(model: PreTrainedModel, config: Config, folder: Path | None = No
 @contextlib.contextmanager
 def without_adapter(model: PreTrainedModel) -> Iterator[None]:
     """The model computes what it did before it had an adapter."""
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
+    for layer in layers_of(model):
         layer.enable_adapters(False)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in layers_of(model):
             layer.enable_adapters(True)
+
+
+def layers_of(model: PreTrainedModel) -> list[LoraLayer]:
+    """The layers that have an adapter."""
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 @torch.no_grad()
