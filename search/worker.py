@@ -88,7 +88,7 @@ def engine_args(settings: "EngineSettings") -> EngineArgs:
         own = dict(
             dtype="float32", enforce_eager=True, distributed_executor_backend="uni",
             kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
-            enable_prefix_caching=False,  # its blocks of 128 tokens are longer than most prompts here
+            block_size=32,  # tokens: the fewest, so that responses share what is whole blocks of a prompt
             enable_chunked_prefill=False,  # with which the sampler on the CPU fails on a seed of a request's own
             max_num_batched_tokens=max(4096, settings.max_model_len), load_format="unpacked",
         )  # fmt: skip
