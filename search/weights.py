@@ -33,12 +33,12 @@ class StagedWeights:
 
     def __init__(self, model: nn.Module, devices: Sequence[str]):
         self.weights = dict(named_weights(model))
-        on_gpu, here = ("cpu" not in " ".join(devices)), ("ray" not in " ".join(devices))
-        self.dtype = torch.bfloat16 if on_gpu else torch.float32
-        rounded = torch.bfloat16 in {self.dtype, *(weight.dtype for weight in self.weights.values())}
+        gpus, here = ["cpu" not in device for device in devices], not any("ray" in device for device in devices)
+        self.dtype = torch.bfloat16 if all(gpus) else torch.float32
+        rounded = any(gpus) or torch.bfloat16 in {weight.dtype for weight in self.weights.values()}
         self.tolerance = TOLERANCE[torch.bfloat16 if rounded else torch.float32]
         self.version = 0  # the trainer's step that the copy is of
-        self.allocate(on_gpu and here and next(model.parameters()).is_cuda)
+        self.allocate(all(gpus) and here and next(model.parameters()).is_cuda)
 
     def allocate(self, share_cuda: bool) -> None:
         """Allocate the copy, on the model's GPU or in host memory, and the handle by which other processes open it."""
