@@ -69,7 +69,7 @@ def hosted(judge: Any, device: str) -> Callable[[Sequence], list[np.ndarray]]:
     """The `_compute` of a judge that is loaded on the cluster; where its node goes, Ray starts it on another."""
     gpu = "cpu" not in device
     there = actor(JudgeHost, gpu, judge, "cuda:0" if gpu else "cpu", max_restarts=-1, max_task_retries=-1)
-    ray.get(there.compute.remote([]))
+    ray.get(there.__ray_ready__.remote())
     return lambda texts: ray.get(there.compute.remote(texts))
 
 

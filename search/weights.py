@@ -32,11 +32,11 @@ class StagedWeights:
 
     def __init__(self, layout: list, engines: Sequence[str], dtype: torch.dtype = torch.float32, device=CPU):
         self.layout, self.device = layout, device
-        on_gpu, here = ("cpu" not in " ".join(engines)), ("ray" not in " ".join(engines))
-        self.dtype = torch.bfloat16 if on_gpu else torch.float32
-        self.tolerance = TOLERANCE[torch.bfloat16 if torch.bfloat16 in (self.dtype, dtype) else torch.float32]
+        gpus, here = ["cpu" not in engine for engine in engines], not any("ray" in engine for engine in engines)
+        self.dtype = torch.bfloat16 if all(gpus) else torch.float32
+        self.tolerance = TOLERANCE[torch.bfloat16 if any(gpus) or dtype == torch.bfloat16 else torch.float32]
         self.version = 0  # the trainer's step that the copy is of
-        self.allocate(on_gpu and here and device.type == "cuda")
+        self.allocate(all(gpus) and here and device.type == "cuda")
 
     def allocate(self, share_cuda: bool) -> None:
         """Allocate the copy, on the trainer's GPU or in host memory, and the handle by which others open it."""
