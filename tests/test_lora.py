@@ -20,8 +20,8 @@ from tests import imported
 from tests.runs import read, updates_of
 from tests.test_engines import difference, settings
 from tests.test_trainer import make, make_groups, update
-from train.lora import adapter_weights, add_adapter
-from train.model import cast_linears, named_weights
+from train.cuda import cast_linears
+from train.lora import adapter_weights, add_adapter, merged_weights
 from train.trainer import Trainer
 
 
@@ -92,7 +92,7 @@ def test_beside_weights_in_bf16_an_adapter_is_fp32_and_is_merged_in_fp32(make_mo
     assert len(trained) == 2 * 2 * 7 and all(weight.dtype == torch.float32 for weight in trained.values())
     name = "model.layers.1.mlp.down_proj"
     A, B = trained[f"{name}.lora_A.default.weight"], trained[f"{name}.lora_B.default.weight"].data.normal_()
-    merged, weights = dict(named_weights(model)), dict(named_weights(plain))
+    merged, weights = dict(merged_weights(model)), dict(plain.named_parameters(remove_duplicate=False))
     expected = weights[f"{name}.weight"].bfloat16().float() + 3 * (B @ A)
     torch.testing.assert_close(merged[f"{name}.weight"], expected, atol=1e-5, rtol=1e-6)
     assert merged.keys() == weights.keys()

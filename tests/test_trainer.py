@@ -25,8 +25,7 @@ from loss import OBJECTIVES, tb
 from run.check import limits
 from run.snapshot import trainer_writer
 from search.weights import StagedWeights
-from train.cuda import compile_layers
-from train.model import cast_linears
+from train.cuda import cast_linears, compile_layers
 from train.packing import Packed, pack, packed_length, sharing_is_faster
 from train.trainer import Trainer
 

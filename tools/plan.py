@@ -34,7 +34,8 @@ from rewards.judges import Judge, load_config_and_tokenizer
 from run.devices import on_cluster
 from search.engine import EngineSettings
 from tasks import Task
-from train.model import cast_linears, decoder_layers
+from train.cuda import cast_linears
+from train.model import decoder_layers
 from train.optimizer import make_optimizer, weights_dtype
 from train.packing import packed_length
 from train.trainer import Trainer

@@ -1,10 +1,11 @@
-"""What only a GPU needs: layers that are compiled, and the block mask of flex attention."""
+"""What only a GPU needs: compiled layers, frozen weights in bf16, and the block mask of flex attention."""
 
 from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch._functorch.config
+from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
@@ -21,6 +22,21 @@ def compile_layers(model: PreTrainedModel, activation_memory_budget: float) -> N
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for layer in decoder_layers(model):
         layer.compile()
+
+
+def cast_linears(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Cast the fp32 weights of a model's linear layers to `dtype`, in place; not those that are trained.
+
+    Under autocast it computes exactly what it did: those weights would be cast anyway, and no others are. (A model all
+    in bf16 has its residual stream in bf16 too, and differs from the policy before anything is trained.)
+    """
+    embedding = model.get_input_embeddings().weight
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight is not embedding:  # tied, it is read as an embedding too
+            for name, weight in module.named_parameters(recurse=False):
+                if weight.dtype == torch.float32 and not weight.requires_grad:
+                    setattr(module, name, nn.Parameter(weight.to(dtype), requires_grad=False))
+    return model
 
 
 def block_mask(

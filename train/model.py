@@ -41,21 +41,6 @@ def dense_attention(model: PreTrainedModel) -> str:
     return "sdpa_without_mask" if model._can_set_attn_implementation() else "sdpa"  # Falcon's own cannot be named
 
 
-def cast_linears(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Cast the fp32 weights of a model's linear layers to `dtype`, in place; not those that are trained.
-
-    Under autocast it computes exactly what it did: those weights would be cast anyway, and no others are. (A model all
-    in bf16 has its residual stream in bf16 too, and differs from the policy before anything is trained.)
-    """
-    embedding = model.get_input_embeddings().weight
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module.weight is not embedding:  # tied, it is read as an embedding too
-            for name, weight in module.named_parameters(recurse=False):
-                if weight.dtype == torch.float32 and not weight.requires_grad:
-                    setattr(module, name, nn.Parameter(weight.to(dtype), requires_grad=False))
-    return model
-
-
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """A model's decoder layers, which architectures name differently: its longest list of modules."""
     return max((m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)), key=len)

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from buffer import Group, Response
 from config import Config, RunError
 from loss import Batch
-from train.model import cast_linears, dense_attention, load_model, token_logprobs
+from train.model import dense_attention, load_model, token_logprobs
 from train.optimizer import forget_half_made_state, make_optimizer, out_of_memory, take_step, weights_dtype
 from train.packing import Packed, loss_batch, micro_batches, pack, packed_length, sharing_is_faster
 from train.transfer import HostCopy, Pending
@@ -83,13 +83,13 @@ class Trainer:
         loaded = load_model(model, weights_dtype(self.config.optimizer), self.device.type)
         if loaded.device != self.device:  # fake tensors (tools/plan.py) refuse to stay where they are
             loaded = loaded.to(self.device)
-        if frozen or self.lora:
-            cast_linears(loaded.requires_grad_(False), self.compute)
+        loaded.requires_grad_(not (frozen or self.lora))
         if self.lora:
             self.lora.add_adapter(loaded, self.config, self.adapter)
         if self.device.type == "cuda":
-            from train.cuda import compile_layers
+            from train.cuda import cast_linears, compile_layers
 
+            cast_linears(loaded, self.compute)
             compile_layers(loaded, self.config.activation_memory_budget)
             torch.cuda.empty_cache()  # of what was cast: an engine on this GPU counts what is free
         return loaded
