@@ -235,12 +235,16 @@ def test_several_gpus(shown, trainer_of_8_gib):
     ],
 )
 def test_as_few_gpus_train_as_the_trainer_fits_and_as_search_need_not_wait_for(
-    shown, trainer_of_8_gib, gpus, each, arguments, trains
+    shown, trainer_of_8_gib, lines, gpus, each, arguments, trains
 ):
     printed = shown("--max-tokens", 512, *arguments, gpus=gpus, each=each)
+    chosen = [line for line in lines if "GPUs train" in line]
     names = [f"cuda:{i}" for i in range(gpus)]
     train, search = " ".join(names[:trains]), " ".join(names[trains:])
     assert f"the split: --train-devices {train} --search-devices {search}\n" in printed
+    assert len(chosen) == (not any(each.startswith("--train") for each in map(str, arguments)))
+    assert all(line.startswith(f"{trains} of {gpus} GPUs train, the others search: ") for line in chosen)
+    assert all(("search would wait" in line) == (each == 80.0) for line in chosen) or trains == 1
     shard = f", a shard of {trains}" if trains > 1 else ""
     assert f"{shown_gib(1 / trains)}  policy, fp32{shard}\n" in printed or "adamw_8bit" in arguments
 
@@ -265,7 +269,7 @@ def test_the_table_of_several_gpus_is_what_is_planned():
         needs = estimate(AutoConfig.for_model("llama", vocab_size=32000, **LLAMAS[name]), config, 492, cuda=True)
         room = int(each.split()[0]) * GIB
         for gpus, cell in zip(map(int, header[2:]), cells, strict=True):
-            train = split(needs, config, gpus, room)
+            train, _ = split(needs, config, gpus, room)
             taken = sum(of_trainer(needs, config, True, train).values()) + 2 * needs.staged
             assert cell == (f"{train} + {gpus - train}" if taken <= room else "too small"), (model, gpus)
 

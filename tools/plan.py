@@ -212,14 +212,16 @@ def of_trainer(needs: Needs, config: Config, cuda: bool, ranks: int) -> dict[str
     return rows | ({"CUDA's own (a guess)": CUDA_TRAINER} if cuda else {})
 
 
-def split(needs: Needs, config: Config, gpus: int, each: float) -> int:
-    """How many of several GPUs, of so many bytes each, train: as few as the trainer fits, then more for as long as the
-    engines on the others would wait for them, who generate as many tokens/s as a GPU trains on (on an H100 34,300 and
-    34,200 with a Llama of 1.1B; both go with the model's size)."""
+def split(needs: Needs, config: Config, gpus: int, each: float) -> tuple[int, str]:
+    """How many of several GPUs, of so many bytes each, train, and why: as few as the trainer fits, then more for as
+    long as the engines on the others would wait for them, who generate as many tokens/s as a GPU trains on (on an H100
+    34,300 and 34,200 with a Llama of 1.1B; both go with the model's size)."""
     most = 1 if config.optimizer == "adamw_8bit" else min(gpus - 1, config.prompts_per_step)
     takes = [sum(of_trainer(needs, config, True, ranks).values()) + 2 * needs.staged for ranks in range(1, most + 1)]
     fewest = next((ranks for ranks, count in enumerate(takes, 1) if count <= each), most)
-    return next((n for n in range(fewest, most) if gpus - n <= config.search_ahead * n), most)
+    count = next((n for n in range(fewest, most) if gpus - n <= config.search_ahead * n), most)
+    why = f"training takes {shown(takes[count - 1])} of each one's {shown(each)}, at most"
+    return count, why if count == fewest else f"search would wait for fewer (--search-ahead {config.search_ahead:g})"
 
 
 def memory(device: str) -> float:
@@ -263,10 +265,9 @@ class Plan:
     def choose_devices(self) -> None:
         """Let as many GPUs train as `split` says, and the others search."""
         gpus, setup = self.setup.train_devices + self.setup.search_devices, self.setup
-        count = split(self.needs, self.config, len(gpus), min(map(memory, gpus)))
+        count, why = split(self.needs, self.config, len(gpus), min(map(memory, gpus)))
         setup.train_devices, setup.search_devices = gpus[:count], gpus[count:]
-        taken = sum(of_trainer(self.needs, self.config, True, count).values())
-        log.info(f"{count} of {len(gpus)} GPUs train, the others search: at most {shown(taken)} is taken of each")
+        log.info(f"{count} of {len(gpus)} GPUs train, the others search: {why}")
 
     @property
     def buffer(self) -> float:
