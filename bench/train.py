@@ -1,7 +1,7 @@
 """How fast is an update, what does sharing prompts gain, and what does search in the same process cost it?
 
     python -m bench.train                       a random Llama of 4M (on a GPU 1.1B): about 8 minutes on 2 cores
-    python -m bench.train --parts lengths       one of its parts: beside, lengths, utilization, memory
+    python -m bench.train --parts lengths       one of its parts: beside, lengths, utilization, memory, kernel
     python -m bench.train --size 30M            another size (bench/lengths_task.py)
     python -m bench.train --json                prints, last, all figures as one JSON object
 
@@ -14,6 +14,8 @@ utilization         6 x parameters x tokens over the time of an update on 20 x (
                     large matrix product reaches; reference scores are known. On a GPU with each --optimizer
 peak_gib_*          at 1.1B with a vocabulary of 150,000, what an update of those tokens takes beside weights, reference
                     and optimiser state, by --activation-memory-budget; without a GPU what tools/plan.py estimates
+divisible_*         on a GPU, flex attention over a row of that many tokens, forward and backward, whose length is a
+                    symbol to the compiler: its time over the time where it is told that blocks divide it
 """
 
 import asyncio
@@ -24,6 +26,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import LlamaConfig
 
 from bench.lengths_task import SIZES
@@ -33,6 +36,7 @@ from buffer import Group, Response
 from config import Config
 from search.engine import context, pin_thread
 from tools.plan import estimate
+from train.packing import Packed, pack
 from train.trainer import Trainer
 
 LENGTHS = {  # prompts a batch, responses each, prompt, mean and standard deviation of the responses, in tokens
@@ -42,7 +46,7 @@ LENGTHS = {  # prompts a batch, responses each, prompt, mean and standard deviat
     "even": (1, 20, 400, 128, 0),
     "countdown": (16, 16, 13, 9, 1),
 }
-PARTS = "beside", "lengths", "utilization", "memory"
+PARTS = "beside", "lengths", "utilization", "memory", "kernel"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIMIZERS = ("adamw", "adamw_bf16", "adamw_8bit") if DEVICE == "cuda" else ("adamw",)
 BUDGETS = 1.0, 0.8, 0.4
@@ -161,6 +165,27 @@ def memory() -> dict[str, float]:
     return figures
 
 
+def kernel(repeats: int) -> Iterator[dict[str, float]]:
+    """Whether flex attention gains where no load of its is masked: as it may be, for rows of whole blocks."""
+    compiled = torch.compile(flex_attention, dynamic=True)
+    rows = [pack(groups(n, 20, 120, 200, 80, 1000), torch.device("cuda"), flex=True) for n in (1, 2, 4, 8)]
+
+    def taken(row: Packed, divisible: bool) -> float:
+        shape, options = (1, 16, row.tokens.shape[1], 64), {"IS_DIVISIBLE": True} if divisible else {}
+        query, key, value = (torch.randn(shape, dtype=torch.bfloat16, device="cuda").requires_grad_() for _ in range(3))
+        times = []
+        for _ in range(WARM + 5):
+            wait()
+            began = time.perf_counter()
+            compiled(query, key, value, block_mask=row.mask, kernel_options=options).sum().backward()
+            wait()
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    for _ in range(repeats):
+        yield {f"divisible_{row.tokens.shape[1]}": taken(row, False) / taken(row, True) for row in rows}
+
+
 async def beside(repeats: int, updates: int, settings: list[str]) -> list[dict[str, float]]:
     """A trainer in this process, which searches too, against one in a process of its own."""
     found = []
@@ -227,6 +252,8 @@ def main(arguments: list[str] | None = None) -> None:
         add(utilization(wanted.size, wanted.repeats))
     if "memory" in wanted.parts:
         add([memory()] * wanted.repeats)
+    if "kernel" in wanted.parts and DEVICE == "cuda":
+        add(kernel(wanted.repeats))
     table(found, wanted.json)
 
 
