@@ -1,12 +1,13 @@
-"""Is all right on this machine? Five checks in about a minute, a line each that says what to do where one fails. The
+"""Is all right on this machine? Six checks in about a minute, a line each that says what to do where one fails. The
 output is made to be sent; the exit code is 1 where a check fails.
 
-    python -m tools.check_gpu                  versions, processes that share memory, attention, engines, an update
+    python -m tools.check_gpu                  versions, processes that share memory, attention, engines, updates
     python -m tools.check_gpu --device cpu     the same on the CPU, as far as it can
 """
 
 import argparse
 import asyncio
+import functools
 import importlib.metadata
 import sys
 import tempfile
@@ -17,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from buffer import Group, Response
 from config import Config, RunError
 from run.cli import parse
-from run.devices import start_fork_server
+from run.devices import cores, start_fork_server
 from run.setup import prepare
 from run.snapshot import trainer_writer
 from search.engine import context
@@ -30,6 +31,8 @@ from search.searcher import Searcher
 from search.weights import TOLERANCE, StagedWeights, open_flat
 from tasks.countdown_model import warm_up
 from train.packing import pack
+from train.ranks import Ranks
+from train.sharded import ShardedTrainer
 from train.trainer import Trainer
 
 GIB, VOCABULARY = 2**30, 8000
@@ -176,12 +179,31 @@ def update(device: str) -> str:
     return f"{trainer.parameters / 1e6:.0f}M, {took}; checkpoint copied in {copies[1]:.0f} ms (first {copies[0]:.0f})"
 
 
+def ranks(device: str) -> str:
+    """The same update by one device and by all GPUs together, or by two ranks on the CPU: their figures."""
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device == "cuda" else ["cpu", "cpu"]
+    if len(devices) == 1:
+        return "nothing to check: one GPU trains"
+    groups = random_groups(len(devices), 4, 100, 100)
+    with tempfile.TemporaryDirectory() as folder:
+        AutoModelForCausalLM.from_config(llama(256, 2)).save_pretrained(folder)
+        one = Trainer(folder, Config(), devices[0]).update(groups, lr=1e-5, beta=0.1).result()
+        make = functools.partial(ShardedTrainer, folder, Config(), None, None)
+        with Ranks(make, devices, bool, cores()[0], Path(folder) / "log") as others:
+            several = others.trainer().update(groups, lr=1e-5, beta=0.1).result()
+    found = ", ".join(f"{name} {one[name]:.4g} and {several[name]:.4g}" for name in ("loss", "grad_norm"))
+    if not np.allclose(one["loss"], several["loss"], rtol=0.01):
+        raise RunError(f"one device and {len(devices)} ranks differ: {found}")
+    return f"one device and {len(devices)} ranks: {found}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Check, and print; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     device, errors, start = parser.parse_args(arguments).device, [], time.monotonic()
-    for check in (versions, sharing, attention, engines, update):
+    checks = (versions, sharing, attention, engines, update, ranks)
+    for check in checks:
         began = time.monotonic()
         try:
             line = f"ok     {check.__name__:<10}{check(device)}"
@@ -191,7 +213,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{line} ({time.monotonic() - began:.0f} s)", flush=True)
         if errors and check is versions:
             return 1
-    print("\n".join([*errors, f"{5 - len(errors)} of 5 checks are right, {time.monotonic() - start:.0f} s"]))
+    print(
+        "\n".join(
+            [
+                *errors,
+                f"{len(checks) - len(errors)} of {len(checks)} checks are right, {time.monotonic() - start:.0f} s",
+            ]
+        )
+    )
     return bool(errors)
 
 
