@@ -17,8 +17,8 @@ flex = pytest.mark.skipif(not shutil.which("g++"), reason="flex attention on the
 def test_all_is_right_on_the_cpu(capsys):
     code = check_gpu.main(["--device", "cpu"])
     lines = capsys.readouterr().out.splitlines()
-    assert code == 0 and [line.split()[0] for line in lines[:5]] == ["ok"] * 5, lines
-    assert lines[5].startswith("5 of 5 checks are right")
+    assert code == 0 and [line.split()[0] for line in lines[:6]] == ["ok"] * 6, lines
+    assert lines[6].startswith("6 of 6 checks are right")
 
 
 @flex

@@ -213,14 +213,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{line} ({time.monotonic() - began:.0f} s)", flush=True)
         if errors and check is versions:
             return 1
-    print(
-        "\n".join(
-            [
-                *errors,
-                f"{len(checks) - len(errors)} of {len(checks)} checks are right, {time.monotonic() - start:.0f} s",
-            ]
-        )
-    )
+    right = f"{len(checks) - len(errors)} of {len(checks)} checks are right"
+    print("\n".join([*errors, f"{right}, {time.monotonic() - start:.0f} s"]))
     return bool(errors)
 
 

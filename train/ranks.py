@@ -35,7 +35,7 @@ class Ranks:
     """
 
     def __init__(
-        self, make: Callable, devices: Sequence[str], before: Callable[[], None], cores: frozenset[int], log: Path
+        self, make: Callable, devices: Sequence[str], before: Callable[[], object], cores: frozenset[int], log: Path
     ):
         self.make, self.devices, self.before, self.log = make, devices, before, log
         each = max(1, len(cores) // len(devices))
@@ -108,7 +108,7 @@ class Ranks:
                 dist.group.WORLD.abort()  # on the CPU the others' calls fail by themselves
 
 
-def _serve(pipe, log: Path, before: Callable[[], None], cores: frozenset[int], make: Callable) -> None:
+def _serve(pipe, log: Path, before: Callable[[], object], cores: frozenset[int], make: Callable) -> None:
     """Make the calls of rank 0 until it ends."""
     threading.Thread(target=_end_with_program, daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM):
