@@ -63,7 +63,7 @@ def test_only_an_engine_imports_vllm():
     assert [name for name, path in MODULES.items() if "vllm" in map(top, imports(path))] == ["search.worker"]
 
 
-@pytest.mark.parametrize("name", sorted(MODULES.keys() - OPTIONAL))
+@pytest.mark.parametrize("name", sorted(name for name in MODULES.keys() - OPTIONAL if top(name) != "tools"))
 def test_what_is_optional_is_imported_by_functions_only(name):
     assert not ours(MODULES[name], functions=False) & OPTIONAL
 
