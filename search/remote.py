@@ -9,6 +9,7 @@ in flight on it is requested of another engine, and the actor is requested anew.
 import asyncio
 import logging
 import os
+import pickle
 import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -91,7 +92,7 @@ class RemoteEngine:
 
     async def call(self, method: str, *arguments) -> Any:
         """The result of a method of `Worker`. Raises EngineDied, or a RuntimeError where the method raised."""
-        return await self._answer(self.actor.call, method, *arguments)
+        return pickle.loads(await self._answer(self.actor.call, method, *arguments))
 
     async def load_weights(self, version: int, handle: dict, flat: ray.ObjectRef) -> None:
         """Load weights that are in the object store."""
