@@ -2,7 +2,8 @@
 
     python -m bench.sweep objectives            every objective, 30 seconds of training each: 30 minutes on 2 cores
     python -m bench.sweep search                more search at equal updates, where rewards are sparse: 8 minutes
-    python -m bench.sweep curves runs/NAME ...  learning curves of finished runs; --figure eval/greedy: another figure
+    python -m bench.sweep curves runs/NAME ...  learning curves of finished runs; --figure eval/greedy: another figure;
+                                                --picture FILE.png: drawn too
 
 Flags: --seeds 3, --eval-prompts, --out (runs are kept there, and one that is there is not made again), --json (prints,
 last, the rows as one JSON object). A cell is the median over the seeds (lowest to highest), on held-out problems.
@@ -130,7 +131,7 @@ def sweep(cases: dict[str, list], wanted: argparse.Namespace, at_a_time: int) ->
 
 
 def curves(wanted: argparse.Namespace) -> None:
-    """Print a row for each run: the figure at every evaluation, and the seconds that training took."""
+    """Print a row for each run: the figure at every evaluation, and the seconds that training took; draw them."""
     rows = {out: metrics(out) for out in wanted.runs}
     curve = {out: {row["step"]: row[wanted.figure] for row in rows[out] if wanted.figure in row} for out in rows}
     steps = sorted(set().union(*curve.values()))
@@ -140,6 +141,17 @@ def curves(wanted: argparse.Namespace) -> None:
         seconds = max(row["time"] for row in rows[out] if "loss" in row)
         cells.append([out.name, *points, f"{seconds:.0f}"])
     show((f"{wanted.figure} after updates", *map(str, steps), "seconds"), cells, {}, as_json=False)
+    if wanted.picture:
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(7, 4))
+        for out, at in curve.items():
+            axes.plot(list(at), list(at.values()), marker="o", label=out.name)
+        axes.set(xlabel="updates", ylabel=wanted.figure.removeprefix("eval/"), ylim=(0, None))
+        axes.legend() if len(curve) > 1 else None
+        axes.grid(alpha=0.3)
+        figure.tight_layout()
+        figure.savefig(wanted.picture, dpi=120)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -162,6 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     command = commands.add_parser("curves")
     command.add_argument("runs", nargs="+", type=Path)
     command.add_argument("--figure", default="eval/pass@1")
+    command.add_argument("--picture", type=Path, help="where they are drawn")
     wanted = parser.parse_args(arguments)
     if wanted.command == "objectives":
         sweep(objectives(wanted), wanted, at_a_time=1)

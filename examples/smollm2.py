@@ -55,20 +55,21 @@ class Task(tasks.Task):
 
         model: str = NAME
         loss: str = "tb_tapered"
-        steps: int = 400
+        steps: int = 200
         prompts_per_step: int = 4
         responses_per_prompt: int = 8
         search_responses: int = 8
-        lr: float = 3e-5
+        lr: float = 1e-5
         lr_schedule: str = "linear"
-        lr_warmup: int = 10
+        lr_warmup: int = 20
         beta: float = 0.1
         temperature: float = 0.8
         max_tokens: int = 16
         on_policy_prob: float = 0.9
         prime: int = 32
-        eval_every: int = 100
+        eval_every: int = 50
         eval_prompts: int = 60
+        eval_samples: int = 4
         save_every: int = 0
         keep: int = 1
 

@@ -133,8 +133,10 @@ def test_sweeps_tabulate_finished_runs(tmp_path, monkeypatch, capsys):
     sweep.main([*settings, "--seeds", "1", "--out", str(tmp_path)])
     assert len(commands) == 1 and commands[0][commands[0].index("--steps") + 1] == "120"  # as many responses
     capsys.readouterr()
-    sweep.main(["curves", commands[0][commands[0].index("--out") + 1]])
+    run, picture = commands[0][commands[0].index("--out") + 1], tmp_path / "curves.png"
+    sweep.main(["curves", run, "--picture", str(picture)])
     assert capsys.readouterr().out.splitlines()[-1].endswith(" | 0.500 | 0.875 | 1 |")
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_policy_is_good_once_it_stays_so(monkeypatch):

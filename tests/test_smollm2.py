@@ -120,26 +120,25 @@ def test_a_run_agrees_with_its_engine_and_leaves_a_model_that_others_load(cached
     """vLLM and transformers give what the trainer gave at the last sync, and vLLM ends responses at <|im_end|>."""
     out = tmp_path / "run"
     done = main(
-        "--task", EXAMPLE, "--out", out, "--steps", 3, "--prompts-per-step", 2, "--prime", 16, "--lr", 1e-4,
-        "--eval-prompts", 4, "--eval-samples", 2, "--eval-every", 0, "--check-sync",
+        "--task", EXAMPLE, "--out", out, "--steps", 3, "--prompts-per-step", 2, "--prime", 16, "--lr", 2e-6,
+        "--lr-warmup", 0, "--eval-prompts", 4, "--eval-samples", 2, "--check-sync",
     )  # fmt: skip
     assert done.code == 0, done.err
     rows = updates_of(out)
-    print(
-        "nats a token between engine and trainer:", [row["sync_diff_mean"] for row in rows if "sync_diff_mean" in row]
-    )
-    assert len(rows) == 3 and max(row.get("sync_diff_mean", 0.0) for row in rows) < 1e-4
+    assert len(rows) == 3 and max(row["sync_diff_mean"] for row in rows) < 1e-4
     assert all(row["prompt"].startswith(SYSTEM) for row in read(out / "samples.jsonl"))
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     asked = np.array(tokenizer(ASKED.format("What is the capital of France?")).input_ids, dtype=np.int32)
     start_fork_server()
-    engine = EngineSettings("cpu", str(out / "model"), 256, 0, tmp_path / "engine.log", 16, cores=cores()[1])
+    engine = EngineSettings(
+        "cpu", str(out / "model"), 256, 0, tmp_path / "engine.log", 16, cores=cores()[1], load_weights=True
+    )
     loaded = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
     before = AutoModelForCausalLM.from_pretrained(cached, dtype=torch.float32)
 
     async def check() -> None:
-        async with Searcher([EngineSettings(**vars(engine) | {"load_weights": True})]) as searcher:
-            answer, *_ = await searcher.generate(asked, 2, max_tokens=24, temperature=0.0, logprobs=True)
+        async with Searcher([engine], max_tokens=24) as searcher:
+            answer, *_ = await searcher.generate(asked, 1, temperature=0.0)
             assert answer.finished and answer.tokens[-1] == tokenizer.eos_token_id
             assert "Paris" in tokenizer.decode(answer.tokens) and len(answer.tokens) < 24
             tokens = np.concatenate([asked, answer.tokens])
@@ -158,18 +157,18 @@ def test_in_bf16_it_is_the_model_up_to_rounding(cached, tmp_path):
         for weight in trainer.policy.parameters():
             weight.add_(1e-4 * torch.randn_like(weight))
     weights = StagedWeights(trainer.policy, ["cuda:0"])
-    assert weights.flat.dtype == torch.bfloat16 and weights.tolerance == 0.1
+    assert weights.flat.dtype == torch.bfloat16
     tokens = np.array(AutoTokenizer.from_pretrained(cached)(ASKED.format(PENS)).input_ids, dtype=np.int32)
     expected = trainer.stage(weights, tokens, 0).numpy()
     engine = load_model(str(cached), torch.bfloat16, torch.device("cpu"))
     assert weights.views["lm_head.weight"].equal(weights.views["model.embed_tokens.weight"])
     with torch.no_grad():
         for name, weight in engine.named_parameters(remove_duplicate=False):
-            assert (weights.views[name].float() - trainer.policy.get_parameter(name)).abs().max() < 2**-8 * 8
+            exact = trainer.policy.get_parameter(name)
+            torch.testing.assert_close(weights.views[name].float(), exact, rtol=2**-8, atol=0)
             weight.copy_(weights.views[name])
     difference = np.abs(logprobs(engine, tokens) - expected)
-    print("nats a token between bf16 and fp32:", difference.mean())
-    assert 0 < difference.mean() < 0.1
+    assert 0.01 < difference.mean() < weights.tolerance
 
 
 @long
