@@ -156,11 +156,11 @@ def test_in_bf16_it_is_the_model_up_to_rounding(cached, tmp_path):
     with torch.no_grad():  # as after some updates: no longer in bf16
         for weight in trainer.policy.parameters():
             weight.add_(1e-4 * torch.randn_like(weight))
-    weights = StagedWeights(trainer.policy, ["cuda:0"])
+    weights = StagedWeights(trainer.layout, ["cuda:0"])
     assert weights.flat.dtype == torch.bfloat16
     tokens = np.array(AutoTokenizer.from_pretrained(cached)(ASKED.format(PENS)).input_ids, dtype=np.int32)
     expected = trainer.stage(weights, tokens, 0).numpy()
-    engine = load_model(str(cached), torch.bfloat16, torch.device("cpu"))
+    engine = load_model(str(cached), torch.bfloat16, "cpu")
     assert weights.views["lm_head.weight"].equal(weights.views["model.embed_tokens.weight"])
     with torch.no_grad():
         for name, weight in engine.named_parameters(remove_duplicate=False):
