@@ -46,19 +46,6 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return max((m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)), key=len)
 
 
-def compile_layers(model: PreTrainedModel, activation_memory_budget: float) -> None:
-    """Compile each decoder layer by itself. The compiler's settings are those of the thread that calls this."""
-    import torch._functorch.config
-
-    torch._functorch.config.activation_memory_budget = activation_memory_budget
-    # All layers share the graphs of their code: by model, kind of rows, and whether there is one, a trainer's are 9. At
-    # torch's own limit, 8, layers would run without being compiled, and nothing would say so.
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    for layer in decoder_layers(model):
-        layer.compile()
-
-
 class _States(BaseModelOutputWithPast):
     def __getattr__(self, name: str) -> None:  # such as cross_attentions, which some have beside
         if name.startswith("__"):
