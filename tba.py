@@ -1,4 +1,4 @@
-"""Trajectory Balance with Asynchrony (https://arxiv.org/abs/2503.18929): search and training at once, on one machine.
+"""Trajectory Balance with Asynchrony (https://arxiv.org/abs/2503.18929): search and training at the same time.
 
     tasks/ --prompts--> search/ --responses--> rewards/ --groups--> buffer.py --B x K--> train/ --> loss.py
                      (vLLM engines) <--------------- weights, every k updates ---------------'

@@ -54,6 +54,7 @@ def give_way(config: Config, given: set[str]) -> Config:
     way({"beta_steps"}, not config.beta_steps, beta_schedule="constant")
     way({"beta_schedule"}, config.beta_schedule == "constant", beta_steps=0, beta_final=0.0)
     way({"beta", "beta_final"}, not config.has_reference, reference_reset=0, gamma=1.0, gamma_steps=0, gamma_final=1.0)
+    way({"lora_rank"}, config.lora_rank > 0, reference_reset=0)
     way({"gamma_steps"}, not config.gamma_steps, gamma_final=1.0)
     way({"lr_decay"}, not config.lr_decay and config.lr_schedule == "wsd", lr_schedule="constant")
     way({"lr_schedule"}, config.lr_schedule != "wsd", lr_decay=0)

@@ -51,7 +51,7 @@ def start(main: Callable[[Any], Coroutine]) -> int:
         if config.plan:
             from tools.plan import Plan
 
-            Plan(setup).show()
+            (setup.plan or Plan(setup)).show()
             return 0
         setup.open()
     except ValueError as error:

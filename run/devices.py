@@ -56,6 +56,13 @@ def devices(train: Sequence[str], search: Sequence[str], judges: Sequence[str] =
     return list(train), [*search, *remote]
 
 
+def free_gpus(search: Sequence[str]) -> list[str]:
+    """The GPUs that are not named for search."""
+    import torch
+
+    return [gpu for gpu in (f"cuda:{i}" for i in range(torch.cuda.device_count())) if gpu not in search]
+
+
 def cores() -> tuple[frozenset[int], frozenset[int]]:
     """The CPU cores for training and for search: half of them each, the same one where there is but one."""
     every = sorted(os.sched_getaffinity(0))

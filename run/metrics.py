@@ -4,7 +4,7 @@ config.json      the resolved settings
 metrics.jsonl    a row per update, and one per evaluation
 timeline.jsonl   a row per span of work: what (search, train, sync, evaluate, save), start, end, in seconds of training
 samples.jsonl    a row per update: one of its groups, as text; after 256 MiB it is renamed to samples.1.jsonl
-engine.log       what vLLM printed
+engine.log       what vLLM printed, and the processes of other ranks
 report.html      all of it as a page (tools/report.py)
 
 With --tensorboard or --wandb metrics go there too, as train/<name> and eval/<name>.

@@ -21,7 +21,7 @@ from run import checkpoint
 from run.check import is_run_folder
 from run.checkpoint import Checkpoints
 from run.console import printable, timed
-from run.devices import cores, devices, on_cluster, start_fork_server
+from run.devices import cores, devices, free_gpus, on_cluster, start_fork_server
 from run.metrics import Metrics
 from run.policy import load_tokenizer
 from run.prompts import Prompt, PromptSampler, demonstrations, tokenize
@@ -73,6 +73,7 @@ class Setup:
     resume: Path | None = None  # the checkpoint to go on from
     state: dict = field(default_factory=dict)  # its state.json
     outcome: Outcome = field(default_factory=Outcome)
+    plan: Any = None  # where it chose the devices
     metrics: Metrics = None  # from `open` on
     checkpoints: Checkpoints = None
 
@@ -191,10 +192,14 @@ def prepare(config: Config) -> Setup:
     if config.resume and is_run_folder(config.out):
         setup.lock = checkpoint.lock(out)
         load_checkpoint(setup)
-    if (*config.train_devices, *config.search_devices) == ("auto", "auto") and len(search_devices) > 1:
+    if config.train_devices == ("auto",) and len(gpus := free_gpus(config.search_devices)) > 1:
         from tools.plan import Plan
 
-        Plan(setup).choose_devices()
+        try:
+            setup.plan = Plan(setup)
+            setup.plan.choose_devices(gpus)
+        except ValueError as error:  # what the trainer may do all the same
+            log.info(f"{train_devices[0]} trains alone: {error} (--train-devices names others)")
         train_devices, search_devices = setup.train_devices, setup.search_devices
     places = [(device, on_cluster(device)) for device in search_devices]
     here = sum(remote is None for _, remote in places)

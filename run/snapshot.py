@@ -22,8 +22,8 @@ PER_TOKEN = "per_token."  # prefix of the columns of `Response.per_token`
 
 
 def trainer_writer(trainer: "Trainer") -> Callable[[Path], None]:
-    """Copy policy (or its adapter, if it has one), optimiser and, where it was reset, reference to the host's memory; a
-    GPU is not waited for.
+    """Copy policy (or its adapter, if it has one), optimiser and, where it was reset, reference to the host's memory. A
+    GPU is not waited for; several give copies that they gathered.
 
     The returned function writes them: the policy as a Hugging Face folder, the adapter as peft's, the others beside it.
     """
@@ -33,10 +33,12 @@ def trainer_writer(trainer: "Trainer") -> Callable[[Path], None]:
     from train.transfer import HostCopy
 
     adapter = trainer.config.lora_rank > 0
-    policy = copy_to_host(trainer.weights("adapter" if adapter else "policy"))
-    reference = copy_to_host(trainer.weights("reference")) if trainer.ref_version else None
+    policy = trainer.weights("adapter" if adapter else "policy")
+    reference = trainer.weights("reference") if trainer.ref_version else None
     optimizer = {"optimizer": trainer.optimizer_state(), "ref_version": trainer.ref_version}
-    optimizer = tree_map_only(torch.Tensor, to_host, optimizer)
+    if trainer.live:
+        policy, reference = copy_to_host(policy), reference and copy_to_host(reference)
+        optimizer = tree_map_only(torch.Tensor, to_host, optimizer)
     last = HostCopy(torch.zeros(1, device=trainer.device))
 
     def write(folder: Path) -> None:

@@ -6,8 +6,8 @@ A record, from the hub's `EleutherAI/hendrycks_math` and `HuggingFaceH4/MATH-500
      "solution": "The sum of three consecutive integers takes the form ... $27=8+9+10$ is $\\boxed{27}$."}
 
 Where a record has an `answer`, text or a number, that is the gold answer, and it needs no `solution`. The defaults are
-the paper's for TBA' on 8 GPUs, where a 7B model trains; here one GPU trains, and needs 122 GB for it.
-`--model Qwen/Qwen2.5-1.5B` fits 80 GB.
+the paper's for TBA' on 8 GPUs, where a 7B model trains: that takes 122 GB, so several GPUs here, or `--lora-rank`.
+`--model Qwen/Qwen2.5-1.5B` fits one of 80 GB.
 """
 
 import asyncio

@@ -138,7 +138,8 @@ def engines(device: str) -> str:
     """vLLM on every device that searches: one sync, the probe, some responses."""
     with tempfile.TemporaryDirectory() as folder:
         warm_up(Path(folder), seed=0, numbers=3, steps=0)
-        setup = prepare(parse(["--model", folder, "--max-num-seqs", "16", "--out", f"{folder}/run"]))
+        devices = [] if device == "cuda" else ["--train-devices", "cpu", "--search-devices", "cpu"]
+        setup = prepare(parse(["--model", folder, "--max-num-seqs", "16", "--out", f"{folder}/run", *devices]))
         trainer = Trainer(setup.model, setup.config, setup.train_devices[0], setup.tokenizer.eos_token_id)
         weights = StagedWeights(trainer.layout, setup.search_devices, trainer.policy.dtype, trainer.device)
 

@@ -212,16 +212,17 @@ def of_trainer(needs: Needs, config: Config, cuda: bool, ranks: int) -> dict[str
     return rows | ({"CUDA's own (a guess)": CUDA_TRAINER} if cuda else {})
 
 
-def split(needs: Needs, config: Config, gpus: int, each: float) -> tuple[int, str]:
-    """How many of several GPUs, of so many bytes each, train, and why: as few as the trainer fits, then more for as
-    long as the engines on the others would wait for them, who generate as many tokens/s as a GPU trains on (on an H100
-    34,300 and 34,200 with a Llama of 1.1B; both go with the model's size)."""
-    most = 1 if config.optimizer == "adamw_8bit" else min(gpus - 1, config.prompts_per_step)
+def split(needs: Needs, config: Config, gpus: int, each: float, search: bool = True) -> tuple[int, str]:
+    """How many of several GPUs, of so many bytes each, train, and why: as few as the trainer fits on, then more until
+    search need not pause for them. An engine is taken to generate as many tokens/s as a GPU trains on: a prototype's
+    did, 34,300 and 34,200 on an H100 with a Llama of 1.1B, and both go with the model's size."""
+    most = 1 if config.optimizer == "adamw_8bit" else min(gpus - search, config.prompts_per_step)
     takes = [sum(of_trainer(needs, config, True, ranks).values()) + 2 * needs.staged for ranks in range(1, most + 1)]
     fewest = next((ranks for ranks, count in enumerate(takes, 1) if count <= each), most)
-    count = next((n for n in range(fewest, most) if gpus - n <= config.search_ahead * n), most)
-    why = f"training takes {shown(takes[count - 1])} of each one's {shown(each)}, at most"
-    return count, why if count == fewest else f"search would wait for fewer (--search-ahead {config.search_ahead:g})"
+    count = next((n for n in range(fewest, most) if gpus - n <= config.search_ahead * n), most) if search else fewest
+    if count > fewest:
+        return count, f"with fewer, search would pause for training (--search-ahead {config.search_ahead:g})"
+    return count, f"training takes {shown(takes[count - 1])} of each one's {shown(each)}, at most"
 
 
 def memory(device: str) -> float:
@@ -262,12 +263,14 @@ class Plan:
         count = engine.gpu_memory_utilization * memory(engine.device) - 2 * self.needs.staged - CUDA_ENGINE
         return max(0.0, count), max(0, int(count)) // (2 * self.needs.cached)
 
-    def choose_devices(self) -> None:
-        """Let as many GPUs train as `split` says, and the others search."""
-        gpus, setup = self.setup.train_devices + self.setup.search_devices, self.setup
-        count, why = split(self.needs, self.config, len(gpus), min(map(memory, gpus)))
-        setup.train_devices, setup.search_devices = gpus[:count], gpus[count:]
-        log.info(f"{count} of {len(gpus)} GPUs train, the others search: {why}")
+    def choose_devices(self, gpus: list[str]) -> None:
+        """Let as many of these GPUs train as `split` says, and the others search where search is to be anywhere."""
+        setup, anywhere = self.setup, "auto" in self.config.search_devices
+        count, why = split(self.needs, self.config, len(gpus), min(map(memory, gpus)), anywhere)
+        setup.train_devices = gpus[:count]
+        others = [device for device in setup.search_devices if device not in gpus]
+        setup.search_devices = others + gpus[count:] * anywhere
+        log.info(f"{count} of {len(gpus)} GPUs train{', the others search' * anywhere}: {why}")
 
     @property
     def buffer(self) -> float:
@@ -309,7 +312,9 @@ class Plan:
             lasts = "from the first checkpoint on" if self.cuda else "while a checkpoint is written"
             yield "cpu", f"copy of policy and moments, {lasts}", needs.policy + needs.moments
         yield "cpu", "buffer, when it is full", self.buffer
-        yield "cpu", "the process", PROCESS
+        of_ranks = f"the processes of {len(ranks)} ranks, each with the whole model while it loads"
+        several = len(ranks) > 1
+        yield "cpu", of_ranks if several else "the process", len(ranks) * (PROCESS + several * needs.policy)
 
     def show(self) -> None:
         """Print it."""
@@ -354,11 +359,13 @@ class Plan:
         fewer = "--micro-batch-tokens" if needs.tokens > needs.group else "--responses-per-prompt"
         eight_bits = needs.policy + (1 - EIGHT_BITS / 4) * needs.moments  # half of weights and gradients, most moments
         adapter = needs.trained + needs.moments + needs.reference  # what an adapter takes itself is little
-        full = trains and not config.lora_rank and config.optimizer == "adamw"
+        full, ranks = trains and not config.lora_rank and config.optimizer == "adamw", len(self.setup.train_devices)
+        shards = (needs.policy + needs.trained + needs.moments + needs.reference) / ranks  # more ranks take less of
         helps = {  # bytes that it gives back, at most
             f"a lower {fewer}": trains * needs.activations,
-            "--optimizer adamw_8bit": full * eight_bits,
-            "--lora-rank 32": full * (not config.reference_reset) * adapter,
+            "--optimizer adamw_8bit": full * (ranks == 1) * eight_bits,
+            "--lora-rank 32": full * (not config.reference_reset) * adapter / ranks,
+            "more --train-devices": trains * self.cuda * (torch.cuda.device_count() > ranks) * shards,
             "a lower --gpu-memory-utilization": self.cache(engines[0])[0] if engines and device != "cpu" else 0,
             "a lower --buffer-gib": self.buffer * (device == "cpu"),
             "a smaller --model": float("inf"),

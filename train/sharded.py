@@ -39,6 +39,8 @@ class ShardedTrainer(Trainer):
         ranks: the other ranks, for rank 0.
     """
 
+    live = False
+
     def __init__(
         self,
         model: str,
@@ -56,7 +58,11 @@ class ShardedTrainer(Trainer):
         backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}[kind]
         if kind == "cuda":
             torch.cuda.set_device(devices[rank])
-        dist.init_process_group(backend, store=dist.FileStore(store, self.size), rank=rank, world_size=self.size)
+        rendezvous = dist.FileStore(store, self.size)
+        rendezvous.set(f"{rank} is there", "")
+        while ranks and not rendezvous.check([f"{each} is there" for each in range(self.size)]):
+            ranks.check(seconds=0.1)
+        dist.init_process_group(backend, store=rendezvous, rank=rank, world_size=self.size)
         self.mesh = init_device_mesh(kind, (self.size,))
         super().__init__(model, config, devices[rank], end_token, checkpoint)
 

@@ -43,6 +43,8 @@ class Trainer:
         checkpoint: a folder that `run.snapshot` wrote, to go on from.
     """
 
+    live = True  # `weights` and `optimizer_state` give what is trained, not copies of it
+
     def __init__(
         self,
         model: str | PreTrainedConfig,
