@@ -59,7 +59,8 @@ class Task(tasks.Task):
         prompts_per_step: int = 4
         responses_per_prompt: int = 8
         search_responses: int = 8
-        lr: float = 1e-5
+        lora_rank: int = 16
+        lr: float = 2e-4
         lr_schedule: str = "linear"
         lr_warmup: int = 20
         beta: float = 0.1
