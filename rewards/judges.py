@@ -64,6 +64,7 @@ class Judge:
         self.max_length = min(positions - 2, self.tokenizer.model_max_length)  # RoBERTa counts positions from 2
         self.queue: asyncio.Queue[tuple[Sequence, asyncio.Future]] = asyncio.Queue()
         self.ending = False
+        self.there: Any = None  # the `RemoteJudge` that has it on a cluster
 
     @contextlib.asynccontextmanager
     async def loaded(self, device: str, cores: set[int]) -> AsyncIterator[None]:
@@ -83,6 +84,8 @@ class Judge:
         finally:
             self.ending = True
             thread.shutdown(cancel_futures=True)
+            if self.there:
+                self.there.end()
 
     async def __call__(self, texts: Sequence) -> list[np.ndarray]:
         """An array for each text."""
@@ -120,9 +123,11 @@ class Judge:
 
     def _load(self, device: str) -> None:
         if device.startswith("ray:"):
-            from search.remote import hosted
+            from search.cluster import RemoteJudge
 
-            vars(self)["_compute"] = hosted(self, device)  # in place of its own
+            self.there = RemoteJudge(self, device)
+            self.there.load()
+            vars(self)["_compute"] = self.there.compute  # in place of its own
             return
         import torch
         import transformers

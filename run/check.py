@@ -133,7 +133,7 @@ def check(config: Config) -> None:
         if remote and remote[1:] != (1, 1) and name == "judge_devices":
             refuse(name, "ray:1 or ray:cpu:1 on a cluster, given once for each model")
         if remote and config.strict and name == "search_devices":
-            refuse(name, "of this machine with strict, for nothing waits until engines on a cluster have new weights")
+            refuse(name, "without ray:... with --strict: engines on a cluster load weights when they can")
     for name in ("train_devices", "search_devices"):
         others = [device for device in placed[name] if device != "cpu"]
         if len(set(others)) < len(others):

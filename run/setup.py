@@ -140,7 +140,7 @@ def prepare(config: Config) -> Setup:
     with contextlib.nullcontext() if shown_only else timed("importing PyTorch and transformers"):
         train_devices, search_devices = devices(config.train_devices, config.search_devices, config.judge_devices)
         if any(map(on_cluster, [*search_devices, *config.judge_devices])):
-            from search.remote import connect
+            from search.cluster import connect
 
             cluster = connect()
         if not shown_only:

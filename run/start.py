@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import Config, RunError
 from run.check import register_own
+from run.devices import on_cluster
 from run.setup import Setup
 from search.searcher import Searcher
 
@@ -54,4 +55,5 @@ def searcher(setup: Setup, weights: Any) -> Searcher:
         return Searcher(setup.engines, weights, **setup.sampling)
     from search.remote import ElasticSearcher
 
-    return ElasticSearcher(setup.engines, [*setup.remote.values()], weights, **setup.sampling)
+    yielding = any(map(on_cluster, setup.judge_devices))  # else engines would take all that the cluster has
+    return ElasticSearcher(setup.engines, [*setup.remote.values()], yielding, weights, **setup.sampling)

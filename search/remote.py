@@ -1,20 +1,17 @@
-"""Engines on a Ray cluster, which join and leave while the run goes on. Only this file and host.py import Ray.
+"""Engines on a Ray cluster, which join and leave while the run goes on. Only cluster.py, host.py and this import Ray.
 
-An engine is an actor (host.py). A sync puts the staged weights into Ray's object
-store, once: each node pulls them once, its actors map them and load, each when it can, and nothing waits for them. One
-actor is requested for each engine that may be; Ray places it when the cluster has room. Where its node goes, what was
-in flight on it is requested of another engine, and the actor is requested anew.
+An engine is an actor (host.py). A sync puts the staged weights into Ray's object store, once: each node pulls them
+once, its actors map them and load, each when it can, and nothing waits for them. One actor is requested for each engine
+that may be; Ray places it when the cluster has room, and it joins when it and the trainer agree. Where its node goes,
+what was in flight on it is requested of another engine, and the actor is requested anew.
 """
 
 import asyncio
 import logging
-import os
 import pickle
-import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,55 +20,16 @@ import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
 
 from config import RunError
+from search.cluster import actor, found_there, has
 from search.engine import CALL_SECONDS, EngineDied, EngineSettings
-from search.host import EngineHost, JudgeHost
+from search.host import EngineHost
 from search.searcher import Searcher
 from search.weights import StagedWeights
 
-PROJECT = Path(__file__).resolve().parents[1]
 RETRY_SECONDS = 2, 60  # between the end of an engine and the next in its place: at first, and at most
+PROBES = 256  # syncs after which engines can still be compared: some load while several go by
 
 log = logging.getLogger("tba")
-
-
-def connect() -> Counter[str]:
-    """Connect to the cluster that RAY_ADDRESS names, or that this machine is a node of; returns its resources.
-
-    Raises:
-        ValueError: there is none.
-    """
-    address = os.environ.get("RAY_ADDRESS", "auto")
-    runtime = {  # of the actors: this code, as it is here
-        "working_dir": str(PROJECT),
-        "excludes": ["/docs", "/tests", "/bench", "/runs"],
-        "env_vars": {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")},
-    }
-    try:
-        if address.startswith("ray://"):
-            raise ConnectionError("this machine must be one of its nodes: RAY_ADDRESS=HOST:PORT without ray://")
-        if address != "auto":  # which Ray would try for minutes
-            host, _, port = address.rpartition(":")
-            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-        if not ray.is_initialized():
-            ray.init(address, runtime_env=runtime, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:
-        reason, start = " ".join(str(error).split()), "`ray start --head` starts one, docs/cluster.md says more"
-        raise ValueError(f"no Ray cluster can be reached at {address!r}: {start} ({reason:.200})") from None
-    ray._private.worker.print_to_stdstream = lambda *_, **__: None  # what a raylet printed last, when its node goes
-    return Counter(ray.cluster_resources())
-
-
-def actor(host: type, gpu: bool, *arguments, **options) -> Any:
-    """An actor on a GPU or on a CPU core, when the cluster has one for it."""
-    return ray.remote(num_cpus=1, num_gpus=int(gpu), **options)(host).remote(*arguments)
-
-
-def hosted(judge: Any, device: str) -> Callable[[Sequence], list[np.ndarray]]:
-    """The `_compute` of a judge that is loaded on the cluster; where its node goes, Ray starts it on another."""
-    gpu = "cpu" not in device
-    there = actor(JudgeHost, gpu, judge, "cuda:0" if gpu else "cpu", max_restarts=-1, max_task_retries=-1)
-    ray.get(there.__ray_ready__.remote())
-    return lambda texts: ray.get(there.compute.remote(texts))
 
 
 class RemoteEngine:
@@ -133,28 +91,28 @@ class ElasticSearcher(Searcher):
     Args:
         engines: of this machine.
         groups: settings of engines on the cluster, how many of them there must be at first, and how many may be.
+        yielding: request them at the first sync, when judges have their places on the cluster, and not at once.
         weights, sampling: as of `Searcher`.
     """
 
     def __init__(
         self, engines: Sequence[EngineSettings], groups: Sequence[tuple[EngineSettings, int, int]],
-        weights: StagedWeights, **sampling,
+        yielding: bool, weights: StagedWeights, **sampling,
     ):  # fmt: skip
         super().__init__(engines, weights, **sampling)
-        self.groups = groups
+        self.groups, self.yielding = groups, yielding
         self.published: tuple[int, Any] = (-1, None)  # the version of the newest weights, and the object that has them
-        self.probe: tuple[int, Any, Any, bool] = (-1, None, None, False)  # the version that is checked, and how
+        self.probes: dict[int, tuple[list[int], np.ndarray]] = {}  # by version: tokens, and the trainer's log-probs
+        self.strict = False  # of `check_agreement`
         self.began = False  # whether as many engines as there must be have been there
         self.failure: RunError | None = None
         self.changed = asyncio.Event()  # for `_until`
         self.members: list[asyncio.Task] = []
 
     async def __aenter__(self) -> "ElasticSearcher":
-        """Start the engines of this machine, and request the others."""
-        for group, (settings, _, most) in enumerate(self.groups):
-            for _ in range(most):
-                own = replace(settings, seed=settings.seed + len(self.members))
-                self.members.append(asyncio.create_task(self._member(group, own)))
+        """Start the engines of this machine, and request the others, unless they are to yield."""
+        if not self.yielding:
+            self._request()
         await super().__aenter__()
         return self
 
@@ -167,20 +125,35 @@ class ElasticSearcher(Searcher):
         ray.shutdown()
 
     async def load_weights(self) -> None:
-        """Let the engines load the staged weights. Those on the cluster are not waited for, but for the first ones."""
+        """Let the engines load the staged weights. Those on the cluster are not waited for."""
+        if not self.members:
+            self._request()
         await asyncio.gather(self._publish(), super().load_weights())
+
+    async def check_agreement(self, probe: np.ndarray, expected: np.ndarray, strict: bool) -> dict[str, float]:
+        """As of `Searcher`; an engine on the cluster is compared when it has loaded these weights.
+
+        The first time it waits until as many as there must be have joined.
+        """
+        self.probes[self.weights.version] = np.asarray(probe).tolist(), expected
+        if len(self.probes) > PROBES:
+            del self.probes[next(iter(self.probes))]
+        self.strict = strict
+        self._notify()
+        figures = await super().check_agreement(probe, expected, strict)
         if not self.began:
-            has, least = Counter(ray.cluster_resources()), sum(least for _, least, _ in self.groups)
-            log.info("waiting for %d engines; the cluster has %d GPUs, %d CPU cores", least, has["GPU"], has["CPU"])
+            log.info("waiting for %d engines; %s", sum(least for _, least, _ in self.groups), has())
         await self._until(lambda: self.began or self.failure)
         if self.failure:
             raise self.failure
+        return figures
 
-    async def check_agreement(self, probe: np.ndarray, expected: np.ndarray, strict: bool) -> dict[str, float]:
-        """As of `Searcher`; an engine on the cluster is compared when it has loaded these weights."""
-        self.probe = self.weights.version, np.asarray(probe).tolist(), expected, strict
-        self._notify()
-        return await super().check_agreement(probe, expected, strict)
+    def _request(self) -> None:
+        for group, (settings, _, most) in enumerate(self.groups):
+            for _ in range(most):
+                seed = settings.seed + len(self.members)
+                own = replace(settings, model=found_there(settings.model), seed=seed)
+                self.members.append(asyncio.create_task(self._member(group, own)))
 
     async def _publish(self) -> None:
         flat = self.weights.flat
@@ -206,21 +179,22 @@ class ElasticSearcher(Searcher):
             await asyncio.sleep(pause)
 
     async def _feed(self, engine: RemoteEngine) -> None:
-        """Let an engine load the newest weights, compare it with the trainer, and so on."""
+        """Let an engine load the newest weights, compare it with the trainer, and so on; it joins when they agree."""
         while True:
             await self._until(lambda: self.published[0] > engine.version)
             version, flat = self.published
             async with asyncio.timeout(CALL_SECONDS):
                 await engine.load_weights(version, self.weights.handle, flat)
             del flat  # freed when newer weights are published and no engine loads it
-            if engine not in self.remote:
-                self._joined(engine)
             self._notify()
-            await self._until(lambda: max(self.probe[0], self.published[0] - 1) >= engine.version)
-            at, tokens, expected, strict = self.probe
-            if at == version:
+            await self._until(lambda: engine.version in self.probes or self.published[0] > engine.version)
+            if version in self.probes:
+                tokens, expected = self.probes[version]
                 async with asyncio.timeout(CALL_SECONDS):
-                    self._compare(engine, await engine.call("prompt_logprobs", tokens), expected, strict)
+                    self._compare(engine, await engine.call("prompt_logprobs", tokens), expected, self.strict)
+            if engine.agreed and engine not in self.remote:
+                self._joined(engine)
+                self._notify()
 
     def _joined(self, engine: RemoteEngine) -> None:
         self.remote.append(engine)
@@ -229,14 +203,15 @@ class ElasticSearcher(Searcher):
         log.info("an engine joined from %s: %d engines", engine.node, self.gauges()["engines"])
 
     def _left(self, engine: RemoteEngine, why: Exception) -> None:
-        engine.dead = True
+        engine.dead, reason = True, str(why) or type(why).__name__
         if engine in self.remote:
             self.remote.remove(engine)
+            log.info("an engine left from %s (%s): %d engines", engine.node, reason, self.gauges()["engines"])
+        else:
+            log.info("an engine on %s could not join (%s): another is requested", engine.node, reason)
         # What goes wrong ends the run only before it begins, or by --check-sync.
-        if isinstance(why, RuntimeError) and (self.probe[3] if isinstance(why, RunError) else not self.began):
-            self.failure = RunError(str(why))
-        reason = str(why) or type(why).__name__
-        log.info("an engine left from %s (%s): %d engines", engine.node, reason, self.gauges()["engines"])
+        if isinstance(why, RuntimeError) and (not self.began or (self.strict and isinstance(why, RunError))):
+            self.failure = RunError(reason)
         self._notify()
 
     async def _least_busy(self, version: int) -> Any:

@@ -13,6 +13,7 @@ together from twice to once their final values: the schedule of a temperature of
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Annotated
@@ -118,7 +119,7 @@ class Task(tasks.Task):
 
     @contextlib.asynccontextmanager
     async def serving(self, setup) -> AsyncIterator[None]:
-        config, cores, judges = self.config, setup.search_cores, setup.judge_devices
+        config, cores = self.config, setup.search_cores
         engine = EngineSettings(
             device=setup.local_devices[-1], model=config.victim, max_model_len=self.victim_length, seed=config.seed,
             load_weights=True, cores=frozenset(cores), threads=len(cores), log=setup.out / "engine.log",
@@ -128,11 +129,11 @@ class Task(tasks.Task):
             [engine], temperature=config.victim_temperature, max_tokens=config.victim_max_tokens,
             top_p=config.victim_top_p,
         )  # fmt: skip
-        async with (
-            victim as self.victim,
-            self.classifier.loaded(judges[0], cores),
-            self.embedder.loaded(judges[-1], cores),
-        ):
+        async with contextlib.AsyncExitStack() as stack:
+            self.victim = await stack.enter_async_context(victim)
+            judges = self.classifier, self.embedder
+            for judge, device in zip(judges, itertools.cycle(setup.judge_devices), strict=False):
+                await stack.enter_async_context(judge.loaded(device, cores))
             yield
 
     async def reward(self, problem: Problem, responses: list[tasks.Response]) -> list[float]:

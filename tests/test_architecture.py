@@ -20,7 +20,7 @@ def top(name: str) -> str:
 
 # What only a setting or a GPU needs, and what is imported only then.
 OPTIONAL = {f"train.{name}" for name in ("cuda", "lora", "ranks", "sharded")}
-RAY = {"search.remote", "search.host"}
+RAY = {"search.cluster", "search.host", "search.remote"}
 OPTIONAL |= RAY
 CORE = [path for name, path in MODULES.items() if FLOORS[top(name)] < 3 or name == "tba"]
 SMALL = [path for path in CORE if path not in [MODULES[name] for name in OPTIONAL]]

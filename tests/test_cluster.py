@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,9 +18,11 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from config import RunError
 from rewards.judges import Embedder
 from run.devices import on_cluster
-from search import remote
+from search import remote, weights
+from search.cluster import connect
 from search.searcher import Searcher
 from tests.runs import nothing_is_left, started, updates_of, wait_for
 from tests.test_faults import SHORT, rows, when, whole
@@ -88,14 +91,68 @@ def test_an_engine_here_and_one_on_a_cluster_train_together(main, embedded, tmp_
     with nothing_is_left(), running(monkeypatch, nodes=1):
         killer = when(enough, lambda: os.kill(os.getpid(), signal.SIGINT))
         done = main(
-            "--model", embedded[1], "--out", out, *SHORT, "--search-devices", "cpu", "ray:cpu:1", "--check-sync"
-        )
+            "--model", os.path.relpath(embedded[1]), "--out", out, *SHORT, "--search-devices", "cpu", "ray:cpu:1",
+            "--check-sync",
+        )  # fmt: skip
     assert done.code == 130 and not killer.is_alive() and enough(), done.err
     assert re.search(r"^an engine joined from node [\d.]+: 2 engines$", done.out, re.MULTILINE)
     updates = updates_of(out)
     assert {row["engines"] for row in updates} == {2}
     assert all(row["engine_tokens_per_s"] == pytest.approx(row["search_tokens_per_s"] / 2, 1e-4) for row in updates)
     assert 0 < updates[-1]["sync_diff_max"] < 1e-3
+
+
+def test_a_model_that_scores_waits_for_room_and_can_be_stopped(make_model, monkeypatch, lines):
+    judge = Embedder(str(make_model("bert", kind="")), "embedder")
+
+    async def stopped() -> float:
+        async def load() -> None:
+            async with judge.loaded("ray:cpu:1", {0}):
+                raise AssertionError("it was loaded where there is no room")
+
+        loading = asyncio.create_task(load())
+        while not judge.there:
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(1)
+        assert not loading.done()
+        loading.cancel()
+        began = time.monotonic()
+        await asyncio.wait({loading})
+        assert loading.cancelled()
+        return time.monotonic() - began
+
+    with nothing_is_left(), running(monkeypatch, nodes=0):
+        connect()
+        assert asyncio.run(stopped()) < 5
+    assert lines[-1] == "waiting for a place for embedder: the cluster has 0 GPUs (0 free) and 0 CPUs (0 free)"
+
+
+@pytest.mark.long
+def test_models_that_score_have_their_places_before_engines_take_all(main, tldr, tldr_models, tmp_path, monkeypatch):
+    policy, judge = tldr_models
+    out, relative = tmp_path / "run", os.path.relpath
+    with nothing_is_left(), running(monkeypatch, nodes=2):
+        done = main(
+            "--task", "tldr", "--data", tldr, "--model", relative(policy), "--reward-model", relative(judge),
+            "--out", out, "--steps", 3, "--prime", 0, "--prompts-per-step", 2, "--responses-per-prompt", 2,
+            "--search-responses", 2, "--max-tokens", 8, "--beta-steps", 2, "--eval-prompts", 0,
+            "--search-devices", "ray:cpu:1-4", "--judge-devices", "ray:cpu:1",
+        )  # fmt: skip
+    assert done.code == 0, done.err
+    assert re.search(r"^waiting for a place for reward_model: .* 2 CPUs \(2 free\)$", done.out, re.MULTILINE)
+    updates = updates_of(out)
+    assert {row["engines"] for row in updates} == {1} and updates[-1]["reward_failures"] == 0
+
+
+@pytest.mark.long
+def test_an_engine_that_does_not_agree_ends_a_run_that_has_not_begun(main, embedded, tmp_path, monkeypatch):
+    monkeypatch.setattr("search.weights.TOLERANCE", dict.fromkeys(weights.TOLERANCE, -1.0))
+    with nothing_is_left(), running(monkeypatch, nodes=1):
+        done = main("--model", embedded[1], "--out", tmp_path / "run", *SHORT, "--search-devices", "ray:cpu:1")
+    assert done.code == 1 and "after a sync: what it samples from is not what is trained" in done.err
+    why = r"^an engine on node [\d.]+ could not join \(the engine on cpu and the trainer differ by"
+    assert re.search(why, done.out, re.MULTILINE)
+    assert "joined" not in done.out
 
 
 @pytest.mark.long
@@ -107,10 +164,14 @@ def test_a_model_that_scores_gives_there_what_it_gives_here(make_model, monkeypa
             return np.array(await judge(texts))
 
     here = asyncio.run(scores("cpu"))
-    judge = Embedder(judge.name, "embedder")
+    judge = Embedder(os.path.relpath(judge.name), "embedder")
     with nothing_is_left(), running(monkeypatch, nodes=1):
-        remote.connect()
+        connect()
         there = asyncio.run(scores("ray:cpu:1"))
+        (Path(judge.name) / "model.safetensors").unlink()
+        judge = Embedder(judge.name, "embedder")
+        with pytest.raises(RunError, match=r"cannot be loaded on the cluster: OSError: .*model\.safetensors"):
+            asyncio.run(scores("ray:cpu:1"))
     assert not hasattr(judge, "model")  # it is there alone
     assert here.shape[0] == 2 and np.abs(there - here).max() < 1e-5
 

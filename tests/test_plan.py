@@ -5,6 +5,7 @@ import gc
 import itertools
 import re
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -329,6 +330,42 @@ def test_models_that_score_are_counted(shown, tldr, tldr_models):
     takes = held(shown(*judges, task="tldr", data=tldr, model=policy))["models that score, fp32"]
     weights = 4 * sum(weight.numel() for weight in AutoModelForCausalLM.from_pretrained(policy).parameters())
     assert 1.5 < takes * 2**20 / weights < 3  # two with a small head, and the policy as it was
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """A cluster that is not there, for plans, of so many GPUs and CPU cores."""
+    pytest.importorskip("ray")
+    has: Counter[str] = Counter()
+    monkeypatch.setattr("search.cluster.connect", lambda: has)
+    return lambda gpus, cores: has.update(GPU=gpus - has["GPU"], CPU=cores - has["CPU"])
+
+
+def test_all_that_is_asked_of_a_cluster_is_counted(shown, cluster, tldr, tldr_models, trainer_of_8_gib):
+    policy, judge = tldr_models
+    asked = "--search-devices", "cuda:1", "ray:4-64", "ray:8", "ray:cpu:2", "--judge-devices", "ray:1", "ray:cpu:1"
+    models = "--reward-model", judge, "--gold-reward-model", judge, "--max-tokens", 32
+
+    def planned(gpus: int, cores: int) -> str:
+        cluster(gpus, cores)
+        return shown(*models, *asked, task="tldr", data=tldr, model=policy, gpus=2)
+
+    assert planned(14, 17).endswith("\nIt fits.\n")  # 3 models that score: the first and the last on GPUs
+    words = "ray:4-64 ray:8 ray:cpu:2 ray:1 ray:cpu:1 ray:1"
+    assert planned(13, 17).endswith(
+        f"\nIt may not fit: the run waits until the cluster has 14 GPUs for {words}, and it has 13.\n"
+    )
+    assert f"the cluster has 17 CPUs for {words}, and it has 16.\n" in planned(14, 16)
+
+
+def test_models_that_score_are_planned_in_the_dtype_of_their_own_device(shown, cluster, tldr, tldr_models):
+    policy, judge = tldr_models
+    cluster(8, 8)
+    models = "--reward-model", judge, "--gold-reward-model", judge, "--max-tokens", 32
+    asked = "--search-devices", "cpu", "--judge-devices", "ray:1", "cpu", "cpu"
+    takes = held(shown(*models, *asked, task="tldr", data=tldr, model=policy))
+    assert takes["the largest model that scores, bf16"] < takes["models that score, fp32"] / 3
+    assert takes["weights for the engines, fp32"] > 0
 
 
 def test_what_cannot_be_planned_is_said_in_a_line(main, gsm8k, weightless):

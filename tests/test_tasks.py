@@ -502,7 +502,7 @@ def test_redteam_serves_its_models_beside_the_engines(redteam_models, monkeypatc
     each = task(tasks.redteam, **redteam_models, victim_replies=2, victim_top_p=0.5, victim_memory=0.2, seed=7)
 
     async def run() -> list[float]:
-        places = dict(local_devices=["cuda:1", "cpu"], judge_devices=["cpu"])
+        places = dict(local_devices=["cuda:1", "cpu"], judge_devices=["cpu", "cpu", "cuda:7"])  # the third is not used
         async with each.serving(SimpleNamespace(**places, search_cores={0}, out=tmp_path)):
             (victim,) = entered
             (engine,) = victim.engines

@@ -9,10 +9,12 @@ mask of rows that share a prompt, which is dense. Where several devices train, e
 """
 
 import contextlib
+import functools
 import itertools
 import logging
 import math
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -272,6 +274,11 @@ class Plan:
         setup.search_devices = others + gpus[count:] * anywhere
         log.info(f"{count} of {len(gpus)} GPUs train{', the others search' * anywhere}: {why}")
 
+    @functools.cached_property
+    def judges(self) -> list[tuple[int, str]]:
+        """(number of weights, device) of each of the task's models that score."""
+        return list(zip(judge_weights(self.setup.task), itertools.cycle(self.setup.judge_devices), strict=False))
+
     @property
     def buffer(self) -> float:
         """Bytes of the buffer when it is full."""
@@ -303,9 +310,13 @@ class Plan:
             yield device, *(("each engine: keys and values", room) if cpu else ("keys and values: what is left", 0))
         if setup.remote:
             yield "cpu", "weights in Ray's object store, of two syncs", 2 * weights
-        judges = list(zip(judge_weights(setup.task), itertools.cycle(setup.judge_devices), strict=False))
-        for device in dict.fromkeys(device for _, device in judges):
-            yield device, f"models that score, {engine_kind}", width * sum(n for n, where in judges if where == device)
+        for device in dict.fromkeys(device for _, device in self.judges):
+            kind, width = ("fp32", 4) if "cpu" in device else ("bf16", 2)
+            counts = [width * count for count, where in self.judges if where == device]
+            if on_cluster(device):
+                yield device, f"the largest model that scores, {kind}", max(counts)
+            else:
+                yield device, f"models that score, {kind}", sum(counts)
         if config.lora_rank:
             yield "cpu", "merged weights, fp32, while the policy is saved at the end", 4 * needs.staged
         else:
@@ -340,8 +351,19 @@ class Plan:
             of = cluster if there == float("inf") else f"of {shown(there)}"
             print(f"{'':<18} {shown(total):>10}  in all, {of}" + ": too much" * (total > there))
             problems += self.problems(devices[0], total - there)
+        problems += self.waits()
         verdict = f"It {'may' if self.cuda else 'does'} not fit: " if problems else "It fits"
         print(f"\n{verdict}{'; '.join(problems)}.")
+
+    def waits(self) -> Iterator[str]:
+        """What a run waits for where the cluster has not enough for its models that score and its least engines."""
+        needed, words = Counter[str](), [*self.setup.remote, *(device for _, device in self.judges)]
+        for kind, least, _ in filter(None, map(on_cluster, words)):
+            needed.update({"GPU": least * (kind == "cuda"), "CPU": least})  # an engine on a GPU has a CPU core too
+        asked = " ".join(word for word in words if on_cluster(word))
+        for kind, count in needed.items():
+            if count > (there := self.setup.cluster[kind]):
+                yield f"the run waits until the cluster has {count} {kind}s for {asked}, and it has {there:.0f}"
 
     def problems(self, device: str, lack: float) -> Iterator[str]:
         """What is wrong on a device that lacks so many bytes, and what helps."""
@@ -350,10 +372,6 @@ class Plan:
         if any(self.cache(engine)[1] < engine.max_model_len for engine in engines):
             more = "a higher --gpu-memory-utilization, " * (device != "cpu")
             yield f"an engine on {device} cannot hold a response: {more}a lower --max-tokens or a smaller --model helps"
-        if device in self.setup.remote:
-            engine, least, _ = self.setup.remote[device]
-            if (has := self.setup.cluster["CPU" if engine.device == "cpu" else "GPU"]) < least:
-                yield f"{device} waits until the cluster has {least} for its engines, and it has {has:.0f}"
         if lack <= 0:
             return
         fewer = "--micro-batch-tokens" if needs.tokens > needs.group else "--responses-per-prompt"
