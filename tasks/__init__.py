@@ -91,7 +91,7 @@ class Task:
 
     @contextlib.asynccontextmanager
     async def serving(self, setup: Any) -> AsyncIterator[None]:
-        """Load what the reward needs beside the engines, which have started, and give it back when the run ends.
+        """Load what the reward needs beside the local engines, which have started; give it back when the run ends.
 
         `reward`, `embed` and `evaluate` are called inside only.
 

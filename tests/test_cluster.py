@@ -136,12 +136,12 @@ def test_models_that_score_have_their_places_before_engines_take_all(main, tldr,
             "--task", "tldr", "--data", tldr, "--model", relative(policy), "--reward-model", relative(judge),
             "--out", out, "--steps", 3, "--prime", 0, "--prompts-per-step", 2, "--responses-per-prompt", 2,
             "--search-responses", 2, "--max-tokens", 8, "--beta-steps", 2, "--eval-prompts", 0,
-            "--search-devices", "ray:cpu:1-4", "--judge-devices", "ray:cpu:1",
+            "--search-devices", "cpu", "ray:cpu:1-4", "--judge-devices", "ray:cpu:1",
         )  # fmt: skip
     assert done.code == 0, done.err
     assert re.search(r"^waiting for a place for reward_model: .* 2 CPUs \(2 free\)$", done.out, re.MULTILINE)
     updates = updates_of(out)
-    assert {row["engines"] for row in updates} == {1} and updates[-1]["reward_failures"] == 0
+    assert {row["engines"] for row in updates} == {2} and updates[-1]["reward_failures"] == 0
 
 
 @pytest.mark.long
