@@ -76,8 +76,8 @@ class RemoteEngine:
         except (RayTaskError, RuntimeEnvSetupError) as error:  # the method raised, or no process could be made for it
             cause = getattr(error, "cause", error)
             raise RuntimeError(" ".join(f"{type(cause).__name__}: {cause}".split())) from error
-        except RayError as error:  # its process has ended, or its node cannot be reached
-            self.dead = True
+        except RayError as error:  # its process has ended, its node cannot be reached, or the call is lost
+            self.end()  # so that `ended` says it too: one that lives on, and is asked nothing, would not be replaced
             why = "it died" if isinstance(error, RayActorError) else " ".join(str(error).split()).partition(". ")[0]
             raise EngineDied(why) from error
         except asyncio.CancelledError:

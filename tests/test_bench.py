@@ -9,9 +9,10 @@ import subprocess
 import numpy as np
 import pytest
 
-from bench import buffer, overlap, search, soak, staleness, start, sweep, sync, train, vs_trl
+from bench import buffer, overlap, scale, search, soak, staleness, start, sweep, sync, train, vs_trl
 from bench.lengths_task import folder
 from bench.session import session
+from bench.simulation import Costs, Run
 from buffer import Response
 from tasks import Answered, Problem, countdown
 from train.trainer import Trainer
@@ -152,6 +153,55 @@ def test_a_policy_is_good_once_it_stays_so(monkeypatch):
     assert (found["s to 0.5"], found["distinct at 0.5"], found["updates/s"]) == (4.0, 40.0, 1.0)
     assert math.isnan(found["s to 0.65"]) and math.isnan(found["distinct at 0.65"])
     assert math.isnan(vs_trl.Exam().milestones(policies[:5])["s to 0.5"])
+
+
+def scaled(*settings: str):
+    return scale.parse(["--task", "gsm8k", *settings])
+
+
+def test_an_engine_generates_what_its_tokens_per_second_make():
+    costs = Costs(0.004, 1 / 34_300 - 0.004 / 512, update=0.84, stage=0, pull=0, tokens=(200, 80))
+    found = Run(costs, scaled("--steps", "40"), engines=1, slots=512).figures()
+    assert found["responses/s"] == pytest.approx(34_300 / 200, rel=0.05)
+    assert found["trainer idle"] == pytest.approx(0, abs=1e-9) and found["search paused"] < 0.02
+
+
+def test_the_simulated_age_is_what_one_computes_by_hand():
+    """An update a second, and one prompt at a time whose responses take D seconds: the update after n of them begins
+    at D + n and has the last group that ended by then, which began with as many updates as were made until then."""
+    D, settings = (
+        2.3,
+        ("--prompts-per-step", "1", "--responses-per-prompt", "4", "--search-responses", "4", "--prime", "4"),
+    )
+    costs = Costs(0, D / 40, update=1, stage=0, pull=0, tokens=(10, 0))
+    run = Run(costs, scaled(*settings, "--on-policy-prob", "1", "--sync-every", "1", "--steps", "20"), 1, slots=4)
+    began = [D * math.floor((D + n) / D - 1) for n in range(20)]
+    assert run.ages == [[n - max(0, math.floor(at - D))] * 4 for n, at in enumerate(began)]
+
+
+def test_a_node_that_pulls_slowly_skips_to_the_newest_weights():
+    """Two nodes share a link, over which the weights of both take as long as 4.8 updates: pulls end after 5.8, 10.6,
+    15.4 and 20.2 updates, and are of the newest weights when they began."""
+    costs = Costs(0.05, 0, update=1, stage=0, pull=2.4, tokens=(20, 8))
+    run = Run(costs, scaled("--steps", "24", "--sync-every", "1", "--on-policy-prob", "1"), 16, slots=24)
+    assert {response.version for _, response in run.stored} == {0, 1, 5, 10, 15}
+
+
+def test_search_saturates_where_the_trainer_does():
+    """An engine generates 320 responses a second; --search-ahead 8 times 140 an update are as many as 4 engines'."""
+    costs = Costs(0.01, 0, update=8 * 140 / (4 * 320), stage=0, pull=0, tokens=(20, 8))
+    rows = [Run(costs, scaled("--steps", "16"), engines, slots=64).figures() for engines in (1, 2, 4, 8)]
+    assert rows[scale.saturated(rows)]["searchers"] == 4
+    assert rows[-1]["responses/s"] == pytest.approx(4 * 320, rel=0.05) and rows[-1]["search paused"] > 0.3
+
+
+def test_the_plan_of_a_cluster_says_what_to_add(tmp_path, capsys):
+    few = ["--searchers", "1", "64", "--models", "7B", "--gigabits", "10", "--steps", "8", "--std-tokens", "0"]
+    scale.main([*few, "--json", "--picture", str(tmp_path / "scale.png")])
+    *_, line, found = capsys.readouterr().out.splitlines()
+    assert line.startswith("7B, 10 Gb/s: does not saturate by 64; ") and "Add next: " in line
+    (rows,) = json.loads(found).values()
+    assert [row["searchers"] for row in rows] == [1, 64] and (tmp_path / "scale.png").stat().st_size > 5000
 
 
 def test_pass_at_k_is_unbiased_and_answers_are_counted_once():

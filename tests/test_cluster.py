@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from rewards.judges import Embedder
 from run.devices import on_cluster
 from search import remote, weights
 from search.cluster import connect
+from search.engine import EngineDied
 from search.searcher import Searcher
 from tests.runs import nothing_is_left, started, updates_of, wait_for
 from tests.test_faults import SHORT, rows, when, whole
@@ -174,6 +176,33 @@ def test_a_model_that_scores_gives_there_what_it_gives_here(make_model, monkeypa
             asyncio.run(scores("ray:cpu:1"))
     assert not hasattr(judge, "model")  # it is there alone
     assert here.shape[0] == 2 and np.abs(there - here).max() < 1e-5
+
+
+@pytest.mark.long
+def test_an_engine_whose_call_is_lost_is_ended(monkeypatch):
+    """Else it would live on without being asked anything, and nothing would be in its place."""
+
+    class Host:
+        async def wait(self) -> None:
+            await asyncio.sleep(3600)
+
+        call = wait
+
+    async def lose() -> None:
+        engine = remote.RemoteEngine(SimpleNamespace(device="cpu"), 0)
+        ended = asyncio.create_task(engine.ended())
+        reference = engine.actor.call.remote()
+        ray.cancel(reference)
+        async with asyncio.timeout(60):
+            with pytest.raises(EngineDied, match="cancel"):
+                await engine._answer(SimpleNamespace(remote=lambda: reference))
+            with pytest.raises(EngineDied):
+                await ended
+
+    monkeypatch.setattr(remote, "EngineHost", Host)
+    with nothing_is_left(), running(monkeypatch, nodes=1):
+        remote.connect()
+        asyncio.run(lose())
 
 
 @pytest.mark.long
