@@ -1,6 +1,6 @@
 """A plan past this machine: what do 1 to 256 engines that feed one trainer gain, and what is to be added next?
 
-    python -m bench.scale                       1.1B and 7B, links of 10 and 100 Gb/s: 2 minutes, needs no GPU
+    python -m bench.scale                       1.1B and 7B, links of 10 and 100 Gb/s: 5 minutes, no GPU is needed
     python -m bench.scale --picture FILE.png    drawn too
     python -m bench.scale --check 1 2           the same simulation of runs that are made here, beside what they measure
     python -m bench.scale --measure 1 2 3       what it costs that an engine is on a Ray cluster (scale_measured.py)
