@@ -1,6 +1,6 @@
 """A plan past this machine: what do 1 to 256 engines that feed one trainer gain, and what is to be added next?
 
-    python -m bench.scale                       1.1B and 7B, links of 10 and 100 Gb/s: 2 minutes, needs no GPU
+    python -m bench.scale                       1.1B and 7B, links of 10 and 100 Gb/s: 5 minutes, no GPU is needed
     python -m bench.scale --picture FILE.png    drawn too
     python -m bench.scale --check 1 2           the same simulation of runs that are made here, beside what they measure
     python -m bench.scale --measure 1 2 3       what it costs that an engine is on a Ray cluster (scale_measured.py)
@@ -83,21 +83,21 @@ def saturated(rows: list[dict[str, float]]) -> int:
 
 
 def advice(costs: Costs, config: Config, rows: list[dict[str, float]]) -> str:
-    """Where search saturates, and what twice as much of each, or full engines, would gain there."""
+    """Where search saturates, and what twice as much of each would gain there."""
     at = rows[saturated(rows)]
     engines = int(at["searchers"])
     tried = {
         "search": simulate(costs, config, 2 * engines),
         "training": simulate(replace(costs, update=costs.update / 2), config, engines),
-        "--max-num-seqs": simulate(costs, replace(config, max_num_seqs=FULL), engines),
         "network": simulate(replace(costs, pull=costs.pull / 2), config, engines),
+        "--sync-every": simulate(costs, replace(config, sync_every=2 * config.sync_every), engines),
     }
     gains = {name: figures["responses/s"] / at["responses/s"] - 1 for name, figures in tried.items()}
     best = max(gains, key=gains.__getitem__)
     if gains[best] < GAIN:
         best = "network" if tried["network"]["age"] < (1 - GAIN) * at["age"] else "nothing of it"
     twice = (f"{name} {gains[name]:+.0%}, age {each['age']:.1f}" for name, each in tried.items())
-    where = f"saturates at {engines}" if at is not rows[-1] else f"does not saturate by {engines}"
+    where = f"saturates at {engines}" if gains["search"] < GAIN else f"does not saturate by {engines}"
     return f"{where}; twice of each there: {'; '.join(twice)}. Add next: {best}"
 
 
@@ -120,7 +120,8 @@ def draw(picture: Path, cases: dict[str, list[dict[str, float]]]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Simulate, print a table and a line for each case."""
-    commands = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    commands = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     for name, (default, what) in COSTS.items():
         commands.add_argument(f"--{name}", type=float, default=default, help=f"{what}: {default:,}")
     commands.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
@@ -137,7 +138,10 @@ def main(arguments: list[str] | None = None) -> None:
         from bench import scale_measured
 
         return asyncio.run(scale_measured.main(wanted, settings))
-    config = parse(["--task", "gsm8k", "--steps", "300", *settings])
+    try:
+        config = parse(["--task", "gsm8k", "--steps", "300", *settings])
+    except ValueError as error:
+        commands.error(str(error))
     given = {
         f"{model}, {gigabits:g} Gb/s": costs(wanted, config, model, gigabits)
         for model in wanted.models

@@ -25,7 +25,7 @@ from dataclasses import replace
 import numpy as np
 
 from bench.search import counted
-from bench.session import searching, session, training
+from bench.session import ENDLESS, searching, session, training
 from bench.simulation import Costs, Run, figures_of
 from bench.table import show, table
 from buffer import Buffer, Group, Response
@@ -102,12 +102,13 @@ async def sync_ms(run: TBA) -> float:
 
 async def check(wanted: argparse.Namespace, settings: Sequence[str]) -> None:
     """Compare runs with their simulations."""
-    rows, found, ahead = [], {}, str(parse(list(settings)).search_ahead)
+    rows, found, wished = [], {}, parse(list(settings))
     for n in wanted.check:
-        given = *settings, "--search-devices", *["cpu"] * n
-        costs = await engine_costs(given, n)
-        real, config, prompts, update = await observed((*given, "--search-ahead", ahead))
-        costs, slots = replace(costs, update=update), sequences_per_engine(config, n, MAX_NUM_SEQS["cpu"])
+        slots = sequences_per_engine(wished, n, MAX_NUM_SEQS["cpu"])
+        given = *settings, "--search-devices", *["cpu"] * n, "--max-num-seqs", str(slots)
+        costs = await engine_costs((*given, "--search-ahead", str(ENDLESS)), n, slots)
+        real, config, prompts, update = await observed((*given, "--search-ahead", str(wished.search_ahead)))
+        costs = replace(costs, update=update)
         simulated = Run(costs, config, n, slots, prompts=prompts).figures()
         tokens_per_s = slots / (costs.step + costs.sequence * slots)
         what = f"{n} x {tokens_per_s:,.0f} tokens/s, {1000 * update:.1f} ms"
@@ -116,24 +117,23 @@ async def check(wanted: argparse.Namespace, settings: Sequence[str]) -> None:
     show(("engines, update: run, simulation of", *COMPARED), rows, found, wanted.json)
 
 
-async def engine_costs(settings: Sequence[str], engines: int) -> Costs:
+async def engine_costs(settings: Sequence[str], engines: int, slots: int) -> Costs:
     """What engines take beside training, when search never pauses."""
     async with session(*settings) as run:
-        S, lengths, shortest, generate = run.config.search_responses, [], [], run.searcher.generate
+        lengths, shortest, generate = [], [], run.searcher.generate
         with counted(run) as tokens:
             async with searching(run), training(run):
                 before, began = tokens(), time.perf_counter()
                 await asyncio.sleep(run.config.max_seconds or SECONDS)
                 passed, made = time.perf_counter() - began, tokens() - before
         async with training(run):
-            for prompt in run.prompts[:50]:
+            for prompt in run.prompts[:100]:
                 began = time.perf_counter()
-                some = [len(response.tokens) for response in await generate(prompt.tokens, S)]
-                shortest.append((time.perf_counter() - began) / max(some))
-                lengths += some
-        slots = run.searcher.slots // engines
+                (response,) = await generate(prompt.tokens, 1)
+                lengths.append(len(response.tokens))
+                shortest.append((time.perf_counter() - began) / lengths[-1])
     full, few = slots * engines * passed / made, statistics.median(shortest)  # seconds of a step
-    sequence = max(0.0, (full - few) / (slots - S))
+    sequence = min(max(0.0, (full - few) / (slots - 1)), full / slots)
     return Costs(
         step=full - sequence * slots,
         sequence=sequence,
