@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib
 import json
 import math
 import subprocess
@@ -103,6 +104,7 @@ def test_the_bench_of_faults(embedded, capsys):
 
 def test_sweeps_tabulate_finished_runs(tmp_path, monkeypatch, capsys):
     """tba.py is not started here: a file of metrics stands for what it leaves."""
+    importlib.import_module("matplotlib.pyplot")  # the first time it runs fc-list, by what is replaced below
     evaluation = {"eval/pass@1": 0.5, "eval/greedy": 0.625, "eval/pass@k": 0.75, "eval/distinct": 1.25}
     updates = [{"step": step, "time": 0.5 * step, "loss": 0.1, "kl": step} for step in (1, 2)]
     last = {"step": 2, "time": 9.0} | evaluation | {"eval/pass@1": 0.875}
