@@ -104,6 +104,7 @@ def test_an_engine_here_and_one_on_a_cluster_train_together(main, embedded, tmp_
     assert 0 < updates[-1]["sync_diff_max"] < 1e-3
 
 
+@pytest.mark.long
 def test_a_model_that_scores_waits_for_room_and_can_be_stopped(make_model, monkeypatch, lines):
     judge = Embedder(str(make_model("bert", kind="")), "embedder")
 

@@ -50,6 +50,7 @@ def test_an_example_is_short_and_is_given_by_its_path(name):
     assert f"examples/{name}.py:{name}" in command(name)
 
 
+@pytest.mark.long
 def test_a_sampling_rule_of_ones_own(embedded, tmp_path, nothing_left):
     """By the very command, as it is typed."""
     out = tmp_path / "run"

@@ -30,7 +30,7 @@ def base_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: w.detach().clone() for name, w in trainer.policy.named_parameters() if ".lora_" not in name}
 
 
-@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("tie", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_engine_and_trainer_agree_after_updates_of_an_adapter(make_model, tokenizer, tmp_path, monkeypatch, tie):
     folder, groups = str(make_model("llama", tie)), make_groups(len(tokenizer))
     trainer, tokens = make(folder, lora_rank=4), np.arange(20, 60, dtype=np.int32)
