@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import fcntl
 import itertools
 import logging
 import os
@@ -9,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +74,14 @@ def objects(address: str) -> int:
     command = [sys.executable, "-m", "ray.scripts.scripts", "memory", "--stats-only", "--address", address]
     said = subprocess.run(command, capture_output=True, text=True, timeout=60)
     return sum(int(count) for count in re.findall(r"(\d+) objects", said.stdout)) if said.stdout else -1
+
+
+@pytest.fixture(autouse=True)
+def one_cluster_at_a_time():
+    """Another process's tests wait: two clusters are too much for two cores, and each would find the other's left."""
+    with open(Path(tempfile.gettempdir()) / "tba-tests-cluster.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.mark.parametrize(
@@ -202,7 +212,7 @@ def test_an_engine_whose_call_is_lost_is_ended(monkeypatch):
 
     monkeypatch.setattr(remote, "EngineHost", Host)
     with nothing_is_left(), running(monkeypatch, nodes=1):
-        remote.connect()
+        connect()
         asyncio.run(lose())
 
 
