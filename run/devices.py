@@ -31,15 +31,20 @@ def on_cluster(word: str) -> tuple[str, int, int] | None:
     return "cpu" if found[1] else "cuda", least, most
 
 
+def all_gpus() -> list[str]:
+    """The GPUs of this machine."""
+    import torch
+
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+
+
 def devices(train: Sequence[str], search: Sequence[str], judges: Sequence[str] = ()) -> tuple[list[str], list[str]]:
     """The devices that train and those that search: of several GPUs "auto" is the first to train, the others to search.
 
     Raises:
         ValueError: a device that is not there.
     """
-    import torch
-
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    gpus = all_gpus()
     if list(train) == ["auto"]:
         train = [gpu for gpu in gpus if gpu not in search][:1] or gpus[:1] or ["cpu"]
     remote = [device for device in search if on_cluster(device)]
@@ -54,13 +59,6 @@ def devices(train: Sequence[str], search: Sequence[str], judges: Sequence[str] =
     if gpus and "cpu" in search:
         raise ValueError("search_devices is 'cpu': with GPUs vLLM is installed for them and searches nowhere else")
     return list(train), [*search, *remote]
-
-
-def free_gpus(search: Sequence[str]) -> list[str]:
-    """The GPUs that are not named for search."""
-    import torch
-
-    return [gpu for gpu in (f"cuda:{i}" for i in range(torch.cuda.device_count())) if gpu not in search]
 
 
 def cores() -> tuple[frozenset[int], frozenset[int]]:

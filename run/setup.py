@@ -21,7 +21,7 @@ from run import checkpoint
 from run.check import is_run_folder
 from run.checkpoint import Checkpoints
 from run.console import printable, timed
-from run.devices import cores, devices, free_gpus, on_cluster, start_fork_server
+from run.devices import all_gpus, cores, devices, on_cluster, start_fork_server
 from run.metrics import Metrics
 from run.policy import load_tokenizer
 from run.prompts import Prompt, PromptSampler, demonstrations, tokenize
@@ -192,7 +192,8 @@ def prepare(config: Config) -> Setup:
     if config.resume and is_run_folder(config.out):
         setup.lock = checkpoint.lock(out)
         load_checkpoint(setup)
-    if config.train_devices == ("auto",) and len(gpus := free_gpus(config.search_devices)) > 1:
+    gpus = [gpu for gpu in all_gpus() if gpu not in config.search_devices]
+    if config.train_devices == ("auto",) and len(gpus) > 1:
         from tools.plan import Plan
 
         try:

@@ -32,8 +32,7 @@ def trainer_writer(trainer: "Trainer") -> Callable[[Path], None]:
 
     from train.transfer import HostCopy
 
-    adapter = trainer.config.lora_rank > 0
-    policy = trainer.weights("adapter" if adapter else "policy")
+    policy = trainer.weights("adapter" if trainer.lora else "policy")
     reference = trainer.weights("reference") if trainer.ref_version else None
     optimizer = {"optimizer": trainer.optimizer_state(), "ref_version": trainer.ref_version}
     if trainer.live:
@@ -43,8 +42,8 @@ def trainer_writer(trainer: "Trainer") -> Callable[[Path], None]:
 
     def write(folder: Path) -> None:
         last.numpy()  # waits for it, and so for all
-        if adapter:
-            save_adapter(trainer.policy, folder, policy)
+        if trainer.lora:
+            trainer.lora.save_adapter(trainer.policy, folder, policy)
         else:
             save_model(trainer.policy, folder, policy)
         if reference is not None:
@@ -52,13 +51,6 @@ def trainer_writer(trainer: "Trainer") -> Callable[[Path], None]:
         torch.save(optimizer, folder / "optimizer.pt")
 
     return write
-
-
-def save_adapter(model: "PreTrainedModel", folder: Path, weights: dict[str, "Tensor"]) -> None:
-    """Write the adapter of a model, with these weights, as a folder that peft reads."""
-    from train import lora
-
-    lora.save_adapter(model, folder, weights)
 
 
 def save_model(model: "PreTrainedModel", folder: Path, weights: dict[str, "Tensor"] | None = None) -> None:

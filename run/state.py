@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from buffer import Group
 from config import RunError
 from run.checkpoint import write_atomically
-from run.snapshot import buffer_writer, save_adapter, save_model, trainer_writer
+from run.snapshot import buffer_writer, save_model, trainer_writer
 
 if TYPE_CHECKING:
     from tba import TBA
@@ -61,8 +61,8 @@ async def save_last(tba: "TBA") -> None:
 
     def export(folder: Path) -> None:
         save_model(tba.trainer.policy, folder, weights)
-        if adapter:
-            save_adapter(tba.trainer.policy, folder / "adapter", adapter)
+        if tba.trainer.lora:
+            tba.trainer.lora.save_adapter(tba.trainer.policy, folder / "adapter", adapter)
         tba.setup.tokenizer.save_pretrained(folder)
 
     try:
@@ -73,7 +73,7 @@ async def save_last(tba: "TBA") -> None:
                 await save(tba)
             await tba.checkpoints.idle()  # two copies may be too much for the memory
             weights = await tba.in_trainer(tba.trainer.weights)
-            adapter = await tba.in_trainer(tba.trainer.weights, "adapter") if tba.config.lora_rank else {}
+            adapter = await tba.in_trainer(tba.trainer.weights, "adapter") if tba.trainer.lora else {}
             write_atomically(tba.setup.out / "model", export)
         outcome.failed = tba.checkpoints.failed
     except Exception as error:

@@ -10,13 +10,13 @@ import hashlib
 import json
 import logging
 import math
-import os
 import random
-import shutil
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from tasks.cache import cache, cached
 
 LARGEST, TARGETS = 50, range(1, 100)
 HELD_OUT = 26  # of 256 problems
@@ -84,26 +84,13 @@ def prepare(seed: int, numbers: int, trained: bool = True) -> str:
     """
     what = [WARM_UP, WRONG, CHARACTERS, numbers, LARGEST, list(TARGETS), HELD_OUT, seed]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tba"
-    folder = cache / f"countdown-{key}"
-    if folder.is_dir():
-        return str(folder)
-    if not trained:
+    name = f"countdown-{key}"
+    if not trained and not (cache() / name).is_dir():
         untrained = tempfile.TemporaryDirectory()
         atexit.register(untrained.cleanup)
         warm_up(Path(untrained.name), seed, numbers, steps=0)
         return untrained.name
-    cache.mkdir(parents=True, exist_ok=True)
-    unfinished = tempfile.mkdtemp(prefix=f"{folder.name}-", dir=cache)
-    try:
-        warm_up(Path(unfinished), seed, numbers, WARM_UP["steps"])
-        os.rename(unfinished, folder)
-    except OSError:  # another run was first
-        if not folder.is_dir():
-            raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return str(folder)
+    return cached(name, lambda folder: warm_up(folder, seed, numbers, WARM_UP["steps"]))
 
 
 def warm_up(folder: Path, seed: int, numbers: int, steps: int) -> None:

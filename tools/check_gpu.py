@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from buffer import Group, Response
 from config import Config, RunError
 from run.cli import parse
-from run.devices import cores, start_fork_server
+from run.devices import all_gpus, cores, start_fork_server
 from run.setup import prepare
 from run.snapshot import trainer_writer
 from search.engine import context
@@ -84,7 +84,7 @@ def versions(device: str) -> str:
 
 def sharing(device: str) -> str:
     """Each GPU's staged weights, opened by another process as an engine does, and copied to every GPU."""
-    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device == "cuda" else ["cpu"]
+    devices = all_gpus() if device == "cuda" else ["cpu"]
     weight = torch.rand(1000, 1000)
     staged = [StagedWeights([("weight", [1000, 1000])], [each], device=torch.device(each)) for each in devices]
     for weights in staged:
@@ -182,7 +182,7 @@ def update(device: str) -> str:
 
 def ranks(device: str) -> str:
     """The same update by one device and by all GPUs together, or by two ranks on the CPU: their figures."""
-    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device == "cuda" else ["cpu", "cpu"]
+    devices = all_gpus() if device == "cuda" else ["cpu", "cpu"]
     if len(devices) == 1:
         return "nothing to check: one GPU trains"
     groups = random_groups(len(devices), 4, 100, 100)

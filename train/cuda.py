@@ -43,8 +43,7 @@ def block_mask(
     visible: Callable, part_T: np.ndarray, prompt_T: np.ndarray, block: int, device: torch.device
 ) -> BlockMask:
     """The mask `visible` of one row, by counting: `create_block_mask` would build T x T truth values. A token is of a
-    part, a prompt or a response, and attends to the part that is its prompt too; parts are in ascending
-    order."""
+    part, a prompt or a response, and attends to the part that is its prompt too; parts are in ascending order."""
     blocks, parts = len(part_T) // block, part_T[-1] + 1
 
     def tokens(of_T: np.ndarray, counted_T: np.ndarray | None = None) -> np.ndarray:  # by block and part
