@@ -34,7 +34,7 @@ from run.console import Watchdog, timed
 from run.devices import cpu_affinity
 from run.prompts import Prompt
 from run.setup import Setup
-from search.engine import pin_thread
+from search.process import pin_thread
 from search.searcher import Searcher
 from tasks import Answered
 

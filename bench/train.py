@@ -34,7 +34,8 @@ from bench.session import Batches, searching, session, train
 from bench.table import at_least, parser, table
 from buffer import Group, Response
 from config import Config
-from search.engine import context, pin_thread
+from search.engine import context
+from search.process import pin_thread
 from tools.plan import estimate
 from train.packing import Packed, pack
 from train.trainer import Trainer

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from search.engine import pin_thread
+from search.process import pin_thread
 
 log = logging.getLogger("tba")
 

@@ -26,7 +26,7 @@ def trainer(setup: Setup) -> Iterator[Callable[[], "Trainer"]]:
 
         yield functools.partial(_load, setup, functools.partial(Trainer, device=setup.train_devices[0], **model))
         return
-    from train.ranks import Ranks
+    from run.ranks import Ranks
     from train.sharded import ShardedTrainer
 
     make, own = functools.partial(ShardedTrainer, **model), functools.partial(register_own, plain)

@@ -8,8 +8,6 @@ import asyncio
 import contextlib
 import itertools
 import multiprocessing
-import os
-from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,11 +154,3 @@ def _serve(pipe, settings: EngineSettings) -> None:
     from search.worker import serve  # imports vLLM, which this process never does
 
     serve(pipe, settings)
-
-
-def pin_thread(cores: Set[int]) -> None:
-    """Confine this thread, and the threads that torch starts for it, to some cores for good."""
-    import torch
-
-    os.sched_setaffinity(0, cores)
-    torch.set_num_threads(len(cores))

@@ -6,9 +6,7 @@ objective reads them. Requests wait here and are admitted as sequences end, so t
 are, and a response has the version of the weights that begin it.
 """
 
-import multiprocessing
 import os
-import signal
 import threading
 import traceback
 from collections import deque
@@ -29,6 +27,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from buffer import Response
+from search.process import begin, unname_locks
 from search.weights import open_flat, views_of
 
 if TYPE_CHECKING:
@@ -39,11 +38,7 @@ FINAL = dict(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
 
 def serve(pipe, settings: "EngineSettings") -> None:
     """Run an engine until the program ends. What cannot go on is sent as call 0, which `Engine.start` waits for."""
-    threading.Thread(target=_end_with_program, daemon=True).start()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    log = os.open(settings.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.dup2(log, 1), os.dup2(log, 2)
+    begin(settings.log)
     outbox: SimpleQueue = SimpleQueue()  # sent by a thread: if both ends waited to send, none would receive
     sender = threading.Thread(target=lambda: [pipe.send(message) for message in iter(outbox.get, None)])
     sender.start()
@@ -54,7 +49,7 @@ def serve(pipe, settings: "EngineSettings") -> None:
 
 def work(pipe, send: Callable, settings: "EngineSettings") -> None:
     """Run an engine in this thread. Calls come by `pipe`, answers go by `send`; of call 0 first, when it is ready."""
-    multiprocessing.set_start_method("fork", force=True)  # its locks have no names then, which would outlive it
+    unname_locks()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's core runs in this process
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     if settings.device == "cpu":
@@ -71,11 +66,6 @@ def work(pipe, send: Callable, settings: "EngineSettings") -> None:
     except BaseException as error:
         traceback.print_exc()
         send((0, None, f"{type(error).__name__}: {error}"))
-
-
-def _end_with_program() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def engine_args(settings: "EngineSettings") -> EngineArgs:

@@ -19,7 +19,7 @@ def top(name: str) -> str:
 
 
 # What only a setting or a GPU needs, and what is imported only then.
-OPTIONAL = {f"train.{name}" for name in ("cuda", "lora", "ranks", "sharded")}
+OPTIONAL = {f"train.{name}" for name in ("cuda", "lora", "sharded")}
 RAY = {"search.cluster", "search.host", "search.remote"}
 OPTIONAL |= RAY
 CORE = [path for name, path in MODULES.items() if FLOORS[top(name)] < 3 or name == "tba"]

@@ -15,11 +15,11 @@ import torch
 from buffer import Group, Response
 from config import Config
 from run.devices import start_fork_server
+from run.ranks import Ranks
 from run.snapshot import trainer_writer
 from search.weights import StagedWeights
 from tests.runs import read
 from tests.test_trainer import update
-from train.ranks import Ranks
 from train.sharded import ShardedTrainer, deal
 from train.trainer import Trainer
 

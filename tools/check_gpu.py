@@ -24,6 +24,7 @@ from buffer import Group, Response
 from config import Config, RunError
 from run.cli import parse
 from run.devices import all_gpus, cores, start_fork_server
+from run.ranks import Ranks
 from run.setup import prepare
 from run.snapshot import trainer_writer
 from search.engine import context
@@ -31,7 +32,6 @@ from search.searcher import Searcher
 from search.weights import TOLERANCE, StagedWeights, open_flat
 from tasks.countdown_model import warm_up
 from train.packing import pack
-from train.ranks import Ranks
 from train.sharded import ShardedTrainer
 from train.trainer import Trainer
 

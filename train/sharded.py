@@ -7,8 +7,9 @@ stays the mean over groups, wherever they are computed.
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +26,26 @@ from config import RunError
 from train.model import decoder_layers, load_model
 from train.optimizer import out_of_memory, weights_dtype
 from train.packing import Packed, micro_batches, pack, packed_length
-from train.ranks import Ranks, on_every_rank
 from train.trainer import Trainer
 from train.transfer import HostCopy, Pending
+
+
+def on_every_rank(method: Callable) -> Callable:
+    """A call of rank 0 that the others make too."""
+
+    @functools.wraps(method)
+    def call(self, *arguments, **settings):
+        if self.rank:
+            return method(self, *arguments, **settings)
+        self.ranks.send(method.__name__, arguments, settings)
+        try:
+            return method(self, *arguments, **settings)
+        except RuntimeError as error:
+            if not isinstance(error, RunError):
+                self.ranks.check(seconds=5)
+            raise
+
+    return call
 
 
 class ShardedTrainer(Trainer):
@@ -36,7 +54,7 @@ class ShardedTrainer(Trainer):
     Args:
         devices: of all ranks.
         store: a file through which the ranks find each other.
-        ranks: the other ranks, for rank 0.
+        ranks: the others' processes (run/ranks.py), for rank 0.
     """
 
     live = False
@@ -51,7 +69,7 @@ class ShardedTrainer(Trainer):
         rank: int,
         devices: Sequence[str],
         store: str,
-        ranks: Ranks | None = None,
+        ranks: Any = None,
     ):
         self.rank, self.size, self.ranks, kind = rank, len(devices), ranks, devices[0].split(":")[0]
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine

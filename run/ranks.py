@@ -1,26 +1,23 @@
 """The processes of the ranks where several devices train. Rank 0 is the trainer's thread, each other rank a process
-that makes its calls (sharded.py)."""
+that makes its calls (train/sharded.py)."""
 
 import contextlib
 import functools
-import os
-import signal
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from multiprocessing import connection, get_context, parent_process, set_start_method
+from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 
 from config import RunError
+from search.engine import context
+from search.process import begin, pin_thread, unname_locks
 
 if TYPE_CHECKING:
     from train.sharded import ShardedTrainer
-
-context = get_context("forkserver")
 
 
 class Ranks:
@@ -75,7 +72,7 @@ class Ranks:
 
     def trainer(self) -> "ShardedTrainer":
         """The trainer of rank 0, when all ranks are there."""
-        _pin(self.cores[0])
+        pin_thread(self.cores[0])
         try:
             return self.maker(0)(ranks=self)
         except RuntimeError:
@@ -110,13 +107,9 @@ class Ranks:
 
 def _serve(pipe, log: Path, before: Callable[[], object], cores: frozenset[int], make: Callable) -> None:
     """Make the calls of rank 0 until it ends."""
-    threading.Thread(target=_end_with_program, daemon=True).start()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.dup2(file, 1), os.dup2(file, 2)
-    set_start_method("fork", force=True)  # its locks have no names then, which would outlive it
-    _pin(cores)
+    begin(log)
+    unname_locks()
+    pin_thread(cores)
     try:
         before()
         trainer = make()
@@ -128,31 +121,3 @@ def _serve(pipe, log: Path, before: Callable[[], object], cores: frozenset[int],
     except BaseException as error:
         pipe.send(f"{type(error).__name__}: {error}")
         raise
-
-
-def _end_with_program() -> None:
-    parent_process().join()
-    os._exit(1)
-
-
-def _pin(cores: frozenset[int]) -> None:
-    os.sched_setaffinity(0, cores)
-    torch.set_num_threads(len(cores))
-
-
-def on_every_rank(method: Callable) -> Callable:
-    """A call of rank 0 that the others make too."""
-
-    @functools.wraps(method)
-    def call(self, *arguments, **settings):
-        if self.rank:
-            return method(self, *arguments, **settings)
-        self.ranks.send(method.__name__, arguments, settings)
-        try:
-            return method(self, *arguments, **settings)
-        except RuntimeError as error:
-            if not isinstance(error, RunError):
-                self.ranks.check(seconds=5)
-            raise
-
-    return call
