@@ -107,6 +107,7 @@ def test_what_cannot_be_read_is_refused(arguments, named):
             {"beta_schedule": "constant", "beta_steps": 0, "beta_final": 0.0},
         ),
         ("math", ["--loss", "dr_grpo", "--beta", "0"], {"reference_reset": 0}),
+        ("math", ["--lora-rank", "32"], {"reference_reset": 0}),
         ("redteam", ["--loss", "rloo"], {"gamma": 1.0, "gamma_steps": 0}),
         ("redteam", ["--gamma-steps", "0"], {}),
         ("redteam", ["--max-tokens", "3"], {"min_tokens": 3}),

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from buffer import Group, Response
-from config import Config
+from config import Config, RunError
 from run.devices import start_fork_server
 from run.ranks import Ranks
 from run.snapshot import trainer_writer
@@ -28,6 +28,10 @@ PROBE = np.arange(20, 30, dtype=np.int32)
 
 def nothing() -> None:
     pass
+
+
+def broken() -> None:
+    raise ValueError("the second GPU is full")
 
 
 @contextlib.contextmanager
@@ -97,6 +101,17 @@ def test_updates_are_the_same_on_two_ranks_and_go_on_from_the_checkpoint_of_eith
         with on_ranks(after, folder, tmp_path, checkpoint=tmp_path / f"of-{before}", **settings) as trainer:
             updates(trainer, (2, 3))
             same(trainer)
+
+
+def test_a_rank_that_fails_before_all_have_met_is_not_waited_for(tmp_path):
+    start_fork_server(preload=False)
+    make = functools.partial(ShardedTrainer, model="none", config=Config(), end_token=2, checkpoint=None)
+    cores = frozenset(os.sched_getaffinity(0))
+    with (
+        Ranks(make, ["cpu", "cpu"], broken, cores, tmp_path / "log") as ranks,
+        pytest.raises(RunError, match=r"a trainer is gone: ValueError: the second GPU is full \(cpu\)"),
+    ):
+        ranks.trainer()
 
 
 def test_groups_are_dealt_by_their_tokens():
