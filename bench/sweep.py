@@ -1,7 +1,7 @@
 """Runs of tba.py side by side on Countdown, and what they have reached: a row for each setting.
 
     python -m bench.sweep objectives            every objective, 30 seconds of training each: 30 minutes on 2 cores
-    python -m bench.sweep search                more search at equal updates, where rewards are sparse: 8 minutes
+    python -m bench.sweep search                more search at equal updates, where rewards are sparse: 30 minutes
     python -m bench.sweep curves runs/NAME ...  learning curves of finished runs; --figure eval/greedy: another figure;
                                                 --picture FILE.png: drawn too
 
@@ -13,18 +13,20 @@ objectives --losses tb grpo --seconds 30 --lr 1e-4
     log pi - log pi_ref over the batches of the last 50 updates, in nats a response: the learning rate is almost 0 by
     then, so that they are near to samples of the final policy.
 
-search --ratios 1 4 --steps 64
+search --ratios 1 4 16 --steps 64
     bench/hard_task.py: 64 prompts with 4 numbers, of which the embedded model gets 1 in 170 right. The ratio is
     responses searched per response trained on: search and training take turns (--strict), ratio x K responses are
-    generated for each of the B prompts, and K of them are trained on. "tb_tapered with replay": half the prompts are
-    new, with K of their responses at random; the other half are any seen, with K of all their stored responses by
-    softmax of the reward. "grpo" is on-policy: at ratio 1 with as many updates, and, "as many responses", with ratio
-    times the updates instead, so that it has searched as much. `pass@k` is whether any of 16 samples is right. Two runs
-    go on at a time: nothing here is a timing.
+    generated for each of the B prompts, and K of them are trained on. "tb_tapered, softmax": half the prompts are new,
+    with K of their responses at random; the other half are any seen, with K of all their stored responses by softmax of
+    the reward. "tb_tapered, best and worst": all prompts are any seen, with the K/2 best and the K/2 worst of all their
+    stored responses. "grpo" is on-policy: at ratio 1 with as many updates, and, "as many responses", with ratio times
+    the updates instead, so that it has searched as much. `pass@k` is whether any of 16 samples is right. Two runs go on
+    at a time: nothing here is a timing.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import shutil
 import statistics
@@ -43,7 +45,10 @@ LOSSES: dict[str, list] = {name: ["--loss", name] for name in OBJECTIVES} | {
     "dr_grpo_beta_0": ["--loss", "dr_grpo", "--beta", 1e-9],  # at 0 itself there is no reference, and no KL
     "cispo_beta_0": ["--loss", "cispo", "--beta", 1e-9],
 }
-REPLAY = ["--loss", "tb_tapered", "--on-policy-prob", 0.5, "--replay", "reward", "--evict", "lowest_reward"]
+REPLAYS = {  # of the search sweep
+    "softmax": ["--on-policy-prob", 0.5, "--replay", "reward"],
+    "best and worst": ["--on-policy-prob", 0, "--replay", "examples/best_and_worst.py:best_and_worst"],
+}
 B, K = 8, 8  # of the search sweep
 COLUMNS = {"pass@1": 3, "greedy": 3, "pass@k": 3, "distinct": 3, "kl": 3, "steps": 0, "seconds": 0}  # digits
 
@@ -58,10 +63,11 @@ def search(wanted: argparse.Namespace) -> dict[str, list]:
     """The settings of each case, by its name."""
     same = ["--task", "bench/hard_task.py", "--strict", "--lr", 6e-4, "--eval-samples", 16]
     same += ["--prompts-per-step", B, "--responses-per-prompt", K]
+    replay = ["--loss", "tb_tapered", "--evict", "lowest_reward", *same]
     cases: dict[str, list] = {}
-    for ratio in sorted(set(wanted.ratios)):
+    for (name, settings), ratio in itertools.product(REPLAYS.items(), sorted(set(wanted.ratios))):
         searched = ["--search-responses", ratio * K, "--steps", wanted.steps]
-        cases[f"tb_tapered with replay {ratio}x"] = [*REPLAY, *same, *searched]
+        cases[f"tb_tapered, {name} {ratio}x"] = [*replay, *settings, *searched]
     for ratio in sorted(set(wanted.ratios)):
         updates = ["--search-responses", K, "--steps", ratio * wanted.steps]
         cases["grpo 1x" if ratio == 1 else f"grpo {ratio}x, as many responses"] = ["--loss", "grpo", *same, *updates]
@@ -170,7 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
             command.add_argument("--lr", type=float, default=1e-4)
         else:
             command.add_argument("--steps", type=at_least(1), default=64, help="updates of each run")
-            command.add_argument("--ratios", type=at_least(1), nargs="+", default=[1, 4])
+            command.add_argument("--ratios", type=at_least(1), nargs="+", default=[1, 4, 16])
     command = commands.add_parser("curves")
     command.add_argument("runs", nargs="+", type=Path)
     command.add_argument("--figure", default="eval/pass@1")

@@ -30,7 +30,10 @@ def connect() -> Counter[str]:
     runtime = {  # of the actors: this code, as it is here
         "working_dir": str(PROJECT),
         "excludes": ["/docs", "/tests", "/bench", "/runs"],
-        "env_vars": {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")},
+        "env_vars": {
+            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+            "RAY_worker_niceness": "0",  # Ray's is 15, with which a process beside busy ones starts after minutes
+        },
     }
     try:
         if address.startswith("ray://"):

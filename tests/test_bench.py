@@ -121,7 +121,7 @@ def test_sweeps_tabulate_finished_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep.subprocess, "run", finished)
     for settings, count in (
         (["objectives", "--losses", "tb", "grpo"], 2),
-        (["search", "--steps", "60", "--ratios", "1", "2"], 4),
+        (["search", "--steps", "60", "--ratios", "1", "2"], 6),
     ):
         for again in (False, True):  # a run that is there is not made again
             commands.clear()
