@@ -22,7 +22,7 @@ LARGEST, TARGETS = 50, range(1, 100)
 HELD_OUT = 26  # of 256 problems
 CHARACTERS = "0123456789 +-=:"
 # Count the version up with every change.
-WARM_UP: dict[str, Any] = dict(hidden=64, layers=2, steps=1300, batch=64, lr=4e-3, wrong_from=0.75, version=2)
+WARM_UP: dict[str, Any] = dict(hidden=64, layers=2, steps=1300, batch=64, lr=4e-3, wrong_from=0.75, version=3)
 WRONG = {3: 0.5, 4: 0.8}  # share of wrong demonstrations from then on, by how many numbers a problem has
 
 log = logging.getLogger("tba")
@@ -99,6 +99,8 @@ def warm_up(folder: Path, seed: int, numbers: int, steps: int) -> None:
     from tqdm import trange
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two runs that warm up at once would wait for each other's threads, for many minutes
     torch.manual_seed(seed)
     rng = random.Random(f"countdown warm-up {seed}")
     tokenizer, hidden = make_tokenizer(), WARM_UP["hidden"]
@@ -131,6 +133,7 @@ def warm_up(folder: Path, seed: int, numbers: int, steps: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+    torch.set_num_threads(threads)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
