@@ -1,6 +1,7 @@
 """Which trains sooner to the same accuracy, this or TRL's GRPOTrainer? Countdown, from the same warmed-up models.
 
     python -m bench.vs_trl                      seeds 0 to 4: about 25 minutes on 2 cores
+    python -m bench.vs_trl --seconds 20         of training, in which learning rates fall to 0 (30)
     python -m bench.vs_trl --only tba --lr 2e-4               one side alone; other settings of tba.py for ours
     python -m bench.vs_trl --trl '{"learning_rate": 2e-4}'    and of GRPOConfig for TRL's
     python -m bench.vs_trl --speed              for a GPU: responses a second, on the lengths of GSM8K and TL;DR
@@ -60,11 +61,12 @@ TRL = dict(
 )  # fmt: skip
 ON_COUNTDOWN = TRL | dict(
     per_device_train_batch_size=256, num_generations=16, max_completion_length=13, use_cpu=True, bf16=False,
-    learning_rate=1e-3, lr_scheduler_type="linear", max_steps=200,  # what it makes in the time here
+    learning_rate=1e-3, lr_scheduler_type="linear",
 )  # fmt: skip
 SIDES = (*LOSSES, "trl")
 LENGTHS_TASK, LENGTHS = "bench/lengths_task.py", {"gsm8k": (120, 200), "tldr": (400, 60)}  # prompt and response, tokens
 B, K, WARM = 7, 20, 3  # of --speed; updates that are not counted
+TRL_STEPS = 7.5  # a second: in so many steps TRL's learning rate falls to 0
 EVERY, SAMPLES, SUSTAINED = 0.5, 8, 5  # seconds between policies; samples of a problem; policies in a row
 GOALS = 0.5, 0.65  # of pass@1
 VENV = PROJECT / ".venv-trl"
@@ -98,7 +100,8 @@ async def ours(seed: int, seconds: float, settings: Sequence[str]) -> list[Polic
 
 def trls(seed: int, seconds: float, settings: dict, model: str) -> list[Policy]:
     """The same of TRL."""
-    return run_trl("countdown", {"model": model}, EVERY, seconds, ON_COUNTDOWN | {"seed": seed} | settings)
+    steps = {"max_steps": round(TRL_STEPS * seconds), "seed": seed}
+    return run_trl("countdown", {"model": model}, EVERY, seconds, ON_COUNTDOWN | steps | settings)
 
 
 def run_trl(task: str, settings: dict, every: float, seconds: float, grpo: dict) -> list[Policy]:
@@ -262,7 +265,7 @@ def show_sides(rows: list[dict], wanted: argparse.Namespace) -> None:
     print()
     cells = [[side, *(reached([row[name] for row in of[side]], 2) for name in names)] for side in of]
     show(("side", *names), cells, {}, as_json=False)
-    if "trl" in of:
+    if "trl" in of and len(of) > 1:
         print("\nTRL's seconds over ours\n")
         pairs = {side: list(zip(of[side], of["trl"], strict=True)) for side in LOSSES if side in of}
         marks = [f"s to {goal}" for goal in GOALS]
