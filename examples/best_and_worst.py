@@ -1,6 +1,9 @@
 """Replay the best and the worst responses to a prompt, half and half.
 
 python tba.py --replay examples/best_and_worst.py:best_and_worst
+
+With prompts that are few and hard, more search then gains at as many updates (docs/measurements.md): there with
+--on-policy-prob 0, so that a batch is replay alone, and --evict lowest_reward.
 """
 
 import numpy as np
