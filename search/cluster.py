@@ -16,6 +16,7 @@ from config import RunError
 from search.host import JudgeHost
 
 PROJECT = Path(__file__).resolve().parents[1]
+TOKEN = Path.home() / ".ray" / "auth_token"  # Ray's own
 
 log = logging.getLogger("tba")
 
@@ -45,6 +46,8 @@ def connect() -> Counter[str]:
             ray.init(address, runtime_env=runtime, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         reason, start = " ".join(str(error).split()), "`ray start --head` starts one, docs/cluster.md says more"
+        if TOKEN.exists() and "RAY_AUTH_MODE" not in os.environ:  # the head asks for it then, and others do not give it
+            start += f"; where {TOKEN} exists it needs RAY_AUTH_MODE=token"
         raise ValueError(f"no Ray cluster can be reached at {address!r}: {start} ({reason:.200})") from None
     ray._private.worker.print_to_stdstream = lambda *_, **__: None  # what a raylet printed last, when its node goes
     return Counter(ray.cluster_resources())

@@ -92,6 +92,17 @@ def test_a_word_that_names_no_engines_is_refused(word):
         on_cluster(word)
 
 
+def test_a_cluster_that_cannot_be_reached_is_said_and_what_it_may_need(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setattr("search.cluster.TOKEN", tmp_path / "auth_token")
+    with pytest.raises(ValueError, match=r"no Ray cluster can be reached at '127\.0\.0\.1:1': (?!.*RAY_AUTH_MODE)"):
+        connect()
+    (tmp_path / "auth_token").touch()
+    with pytest.raises(ValueError, match="auth_token exists it needs RAY_AUTH_MODE=token"):
+        connect()
+
+
 def test_an_engine_here_and_one_on_a_cluster_train_together(main, embedded, tmp_path, monkeypatch, answers):
     out = tmp_path / "run"
 
