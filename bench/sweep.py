@@ -64,11 +64,11 @@ def search(wanted: argparse.Namespace) -> dict[str, list]:
     same = ["--task", "bench/hard_task.py", "--strict", "--lr", 6e-4, "--eval-samples", 16]
     same += ["--prompts-per-step", B, "--responses-per-prompt", K]
     replay = ["--loss", "tb_tapered", "--evict", "lowest_reward", *same]
-    cases: dict[str, list] = {}
-    for (name, settings), ratio in itertools.product(REPLAYS.items(), sorted(set(wanted.ratios))):
+    ratios, cases = sorted(set(wanted.ratios)), dict[str, list]()
+    for (name, settings), ratio in itertools.product(REPLAYS.items(), ratios):
         searched = ["--search-responses", ratio * K, "--steps", wanted.steps]
         cases[f"tb_tapered, {name} {ratio}x"] = [*replay, *settings, *searched]
-    for ratio in sorted(set(wanted.ratios)):
+    for ratio in ratios:
         updates = ["--search-responses", K, "--steps", ratio * wanted.steps]
         cases["grpo 1x" if ratio == 1 else f"grpo {ratio}x, as many responses"] = ["--loss", "grpo", *same, *updates]
     return cases

@@ -184,6 +184,23 @@ def test_countdown_model_is_made_once_and_kept(tmp_path, monkeypatch):
     assert len(list((tmp_path / "tba").iterdir())) == 2
 
 
+def test_one_thread_warms_the_model_up_and_others_have_theirs_back(tmp_path, monkeypatch):
+    """With more, two programs that warm up at once wait for each other's threads."""
+    clip, threads, before = torch.nn.utils.clip_grad_norm_, [], torch.get_num_threads()
+
+    def noting(*arguments):
+        threads.append(torch.get_num_threads())
+        return clip(*arguments)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", noting)
+    torch.set_num_threads(2)
+    try:
+        countdown_model.warm_up(tmp_path, seed=0, numbers=3, steps=2)
+        assert threads == [1, 1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_countdown_finds_the_model_that_users_have(tmp_path, monkeypatch):
     """Its folder in the cache is named by what it was trained on: a change would train it anew."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
